@@ -1,0 +1,117 @@
+"""Cost of one training step: stock float32 GPT-2 + LoRA against static W8A8KV8 + LoRA, in float32 and with bf16 autocast.
+
+    python tests/bench_step.py                 # GPT-2 124M size, random weights, batch 4 x 384; about 3 minutes
+
+The variants run in turn, round by round, so that a machine that changes speed changes all of them; printed are the
+median seconds and the median of the round-wise ratio to the first variant. LoRA r 8, alpha 16 on all 48 linears, base
+frozen, dropout as GPT-2 ships it (0.1) unless --dropout says otherwise, SDPA attention, AdamW.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GPT2Config, GPT2ForQuestionAnswering
+from transformers.pytorch_utils import Conv1D
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "base_model"))
+from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering  # noqa: E402
+
+
+class Conv1DWithLoRA(nn.Module):
+    """The reference: LoRA beside an unquantized Conv1D, in the plain form y + (alpha / r) * B(A(x))."""
+
+    def __init__(self, conv, r=8, alpha=16):
+        super().__init__()
+        self.conv, self.scaling = conv, alpha / r
+        inp, out = conv.weight.shape
+        self.lora_A, self.lora_B = nn.Parameter(torch.empty(r, inp)), nn.Parameter(torch.zeros(out, r))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        return self.conv(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling
+
+
+def stock_with_lora(config):
+    model = GPT2ForQuestionAnswering(config)
+    for name, conv in [(n, m) for n, m in model.named_modules() if isinstance(m, Conv1D)]:
+        model.set_submodule(name, Conv1DWithLoRA(conv))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name or name.startswith("qa_outputs"))
+    return model.train()
+
+
+def quantized_with_lora(config, bits):
+    model = QuantGPT2ForQuestionAnswering(config)
+    model.add_lora([bits])
+    return model.train()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds after one warm-up round")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--batch_size", type=int, default=4, help="sequences a step")
+    parser.add_argument("--length", type=int, default=384, help="tokens a sequence")
+    parser.add_argument("--layers", type=int, default=12, help="blocks (12 is GPT-2 124M)")
+    parser.add_argument("--dropout", type=float, default=0.1, help="all three dropout probabilities of GPT-2")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--output", help="also write the figures to this JSON file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+
+    pdrop = {key: args.dropout for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    config = GPT2Config(n_layer=args.layers, **pdrop)
+    w8, stock = quantized_with_lora(config, 8), stock_with_lora(config)
+    variants = {
+        "float32 + LoRA (stock GPT-2)": (stock, False),
+        "W8A8KV8 + LoRA": (w8, False),
+        "W8A8KV8 + LoRA, --bf16": (w8, True),
+    }
+    ids = torch.randint(0, config.vocab_size, (args.batch_size, args.length), device=args.device)
+    labels = torch.randint(0, args.length, (2, args.batch_size), device=args.device)
+    optimizers = {}
+    for model in (w8, stock):
+        model.to(args.device)
+        optimizers[model] = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step(model, bf16):
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        with torch.autocast(args.device, torch.bfloat16, enabled=bf16):
+            loss = model(input_ids=ids, start_positions=labels[0], end_positions=labels[1]).loss
+        loss.backward()
+        optimizers[model].step()
+        optimizers[model].zero_grad()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    seconds = {name: [] for name in variants}
+    for _ in range(args.rounds + 1):
+        for name, variant in variants.items():
+            seconds[name].append(step(*variant))
+    reference = seconds["float32 + LoRA (stock GPT-2)"][1:]
+    rows = {}
+    print(f"{'variant':<32}{'seconds':>9}{'ratio':>8}   (min - max)")
+    for name, taken in seconds.items():
+        ratios = [a / b for a, b in zip(taken[1:], reference, strict=True)]
+        rows[name] = {"seconds": statistics.median(taken[1:]), "ratio": statistics.median(ratios), "ratios": ratios}
+        spread = f"({min(ratios):.2f} - {max(ratios):.2f})"
+        print(f"{name:<32}{rows[name]['seconds']:>9.3f}{rows[name]['ratio']:>8.3f}   {spread}")
+    if args.output:
+        with open(args.output, "w", encoding="utf-8") as file:
+            json.dump({"args": vars(args), "torch": torch.__version__, "variants": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Bit-width configs: what resolves to what, and every refusal with its message."""
+
+import json
+import pathlib
+
+import pytest
+from models.bit_config import describe_bit_config, has_kv, resolve_bit_config, short_name
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
+SHAPES = {}
+for block in range(12):
+    name = f"transformer.h.{block}."
+    SHAPES |= {
+        name + "attn.c_attn": (2304, 768),
+        name + "attn.c_proj": (768, 768),
+        name + "mlp.c_fc": (3072, 768),
+        name + "mlp.c_proj": (768, 3072),
+    }
+LAYERS = list(SHAPES)
+C_ATTN, C_FC = "transformer.h.0.attn.c_attn", "transformer.h.0.mlp.c_fc"
+
+
+def resolve(config):
+    return resolve_bit_config(config, LAYERS)
+
+
+def test_int_sets_everything_and_kv_only_where_it_is():
+    for config in (4, {"default": 4}, "W4A4KV4", dict.fromkeys(LAYERS, 4)):
+        resolved = resolve(config)
+        assert list(resolved) == LAYERS
+        assert all(bits == {"w_bits": 4, "a_bits": 4} | ({"kv_bits": 4} if has_kv(n) else {}) for n, bits in resolved.items())
+        assert short_name(resolved) == "W4A4KV4"
+
+
+def test_later_keys_win_and_objects_leave_the_rest():
+    resolved = resolve({"*.mlp.*": 6, "*.h.0.*": {"w_bits": 3}, C_ATTN: "W5A7", "default": "W8A8KV4"})
+    assert resolved[C_ATTN] == {"w_bits": 5, "a_bits": 7, "kv_bits": 4}
+    assert resolved[C_FC] == {"w_bits": 3, "a_bits": 6}
+    assert resolved["transformer.h.1.attn.c_proj"] == {"w_bits": 8, "a_bits": 8}
+    assert short_name(resolved) == "mixed"
+    assert resolve(resolved) == resolved, "a resolved config is a config"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.json")), ids=lambda path: path.stem)
+def test_presets_resolve(path):
+    resolved = resolve(str(path))
+    assert list(resolved) == LAYERS and json.loads(path.read_text())["description"]
+    assert resolve(path) == resolved
+
+
+def test_published_hybrid():
+    resolved = resolve(CONFIGS / "hybrid_25pct_4bit.json")
+    low = {name for name, bits in resolved.items() if bits["w_bits"] == 4}
+    published = {f"transformer.h.{i}.attn.c_proj" for i in range(4)} | {f"transformer.h.9.mlp.{n}" for n in ("c_fc", "c_proj")}
+    published |= {n for n in LAYERS if n.startswith(("transformer.h.10.", "transformer.h.11."))}
+    assert low == published and len(low) == 14
+    description = describe_bit_config(resolved, SHAPES)
+    assert description["average_w_bits"] == 7.0  # 25.0 % of the weights at 4 bits, 75.0 % at 8
+    assert description["layers_per_w_bits"] == {"4": 14, "8": 34}
+
+
+def test_description_of_hand_counted_layers():
+    shapes = {C_ATTN: (6, 2), C_FC: (8, 2)}
+    resolved = resolve_bit_config({C_ATTN: "W4A8KV8", C_FC: 32}, shapes)
+    assert describe_bit_config(resolved, shapes) == {
+        "average_w_bits": (12 * 4 + 16 * 32) / 28,
+        "weight_bytes": 12 // 2 + 6 * 4 + 16 * 4,
+        "bitops_per_token": 12 * 4 * 8 + 16 * 32 * 32,
+        "layers_per_w_bits": {"4": 1, "32": 1},
+    }
+
+
+BAD = [
+    ({"default": 1}, '"default": 1 is not a bit-width: allowed is an int, 2 to 8, 16 or 32'),
+    ({"default": 9}, "9 is not a bit-width"),
+    ({"default": 12}, "12 is not a bit-width"),
+    ({"default": -4}, "-4 is not a bit-width"),
+    ({"default": "8"}, '"8" is not a bit-width'),
+    ({"default": 4.5}, "4.5 is not a bit-width"),
+    ({"default": True}, "true is not a bit-width"),
+    ({"default": [4]}, "[4] is not a bit-width"),
+    ({"default": "W4A9KV8"}, "a_bits = 9 is not a bit-width"),
+    ({"default": {"w_bits": "4"}}, 'w_bits = "4" is not a bit-width'),
+    ({"default": 8, C_FC: {"bits": 4}}, f'"{C_FC}": unknown field "bits": allowed are w_bits, a_bits, kv_bits'),
+    ({"default": 8, C_FC: {}}, "an empty object sets nothing"),
+    ({"default": 8, "description": 3}, '"description" = 3: allowed is a string'),
+    (
+        {"default": 8, "transformer.h.0.atn.c_proj": 4},
+        '"transformer.h.0.atn.c_proj" matches no layer (the model has blocks 0-11); '
+        'did you mean "transformer.h.0.attn.c_proj"?',
+    ),
+    ({"default": 8, "transformer.h.12.*": 4}, '"transformer.h.12.*" matches no layer'),
+    ({"*.attn.*": 8}, f'"{C_FC}" and 23 more: nothing sets w_bits'),
+    ({"default": {"w_bits": 4, "a_bits": 8}}, f'"{C_ATTN}" and 11 more: nothing sets kv_bits'),
+    ({name: 8 for name in LAYERS[1:]}, f'"{C_ATTN}": nothing sets w_bits'),
+    ({"default": 8, C_FC: {"kv_bits": 4}}, f'"{C_FC}": kv_bits on a layer without K and V'),
+    ({"default": 8, C_FC: "W4A8KV4"}, f'"{C_FC}": kv_bits on a layer without K and V'),
+]
+
+
+@pytest.mark.parametrize(("config", "message"), BAD, ids=[message[:40] for _, message in BAD])
+def test_refusals_name_file_key_value_and_what_is_allowed(config, message, tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError) as caught:
+        resolve(path)
+    assert f"{path}: " in str(caught.value) and message in str(caught.value)
+
+
+def test_all_faults_are_reported_at_once(tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps({"default": 9, "nope": 4, C_FC: {"bits": 4}}))
+    with pytest.raises(ValueError) as caught:
+        resolve(path)
+    assert str(caught.value).count(str(path)) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"default": 8, "default": 4}', 'duplicate key "default"'),
+        (f'{{"default": 8, "{C_FC}": {{"w_bits": 4, "w_bits": 8}}}}', 'duplicate key "w_bits"'),
+        ('{"default": 8', "not valid JSON"),
+        ("", "not valid JSON"),
+        ("[8]", "expected a JSON object"),
+        ("8", "expected a JSON object"),
+    ],
+)
+def test_refused_files(text, message, tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        resolve(path)
+    assert str(path) in str(caught.value) and message in str(caught.value)
+
+
+def test_missing_file():
+    with pytest.raises(FileNotFoundError, match="nowhere.json: no such bit-width config"):
+        resolve("nowhere.json")
