@@ -1,4 +1,4 @@
-"""Cost of one training step: stock float32 GPT-2 + LoRA against static W8A8KV8 + LoRA, in float32 and with bf16 autocast.
+"""Cost of one training step: stock float32 GPT-2 + LoRA against static W8A8KV8 + LoRA, in float32 and with --bf16.
 
     python tests/bench_step.py                 # GPT-2 124M size, random weights, batch 4 x 384; about 3 minutes
 

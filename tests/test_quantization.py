@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from models.quantization import dequantize, fake_quantize, fake_quantize_kv_, frozen_linear, quantize
 
 REFERENCE = pathlib.Path(__file__).resolve().parents[2] / "shared" / "reference_cases.json"

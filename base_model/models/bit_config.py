@@ -109,10 +109,12 @@ def resolve_bit_config(config, layers):
             resolved[layer].update({f: b for f, b in fields.items() if f != "kv_bits" or has_kv(layer)})
     if not faults:
         for field in FIELDS:
-            bare = [name for name, bits in resolved.items() if field not in bits and (field != "kv_bits" or has_kv(name))]
+            owners = [name for name in layers if field != "kv_bits" or has_kv(name)]
+            bare = [name for name in owners if field not in resolved[name]]
             if bare:
                 others = f" and {len(bare) - 1} more" if len(bare) > 1 else ""
-                faults.append(f'{json.dumps(bare[0])}{others}: nothing sets {field}; name the layer or give a "default"')
+                cure = 'name the layer or give a "default"'
+                faults.append(f"{json.dumps(bare[0])}{others}: nothing sets {field}; {cure}")
     if faults:
         raise ValueError("\n".join(f"{source}: {fault}" for fault in faults))
     return {layer: {f: bits[f] for f in FIELDS if f in bits} for layer, bits in resolved.items()}
@@ -145,4 +147,5 @@ def short_name(resolved):
     values = {field: {bits[field] for bits in resolved.values() if field in bits} for field in FIELDS}
     if any(len(found) > 1 for found in values.values()):
         return "mixed"
-    return "".join(tag + str(found.pop()) for tag, found in zip(("W", "A", "KV"), values.values(), strict=True) if found)
+    tags = dict(zip(FIELDS, ("W", "A", "KV"), strict=True))
+    return "".join(tags[field] + str(*found) for field, found in values.items() if found)

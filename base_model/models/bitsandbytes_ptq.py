@@ -45,6 +45,8 @@ def quantize_with_bitsandbytes(model, method):
         raise ImportError("bitsandbytes is not installed: pip install -r requirements.txt") from error
     for name, layer in model.quant_layers().items():
         out_features, in_features = layer.weight.shape
+        if method == "nf4" and in_features % 64:
+            raise ValueError(f"{name}: nf4 works on blocks of 64 weights, but the layer has {in_features} inputs")
         weight, device = layer.weight.detach().cpu(), layer.weight.device
         if method == "8bit":
             base = bnb.nn.Linear8bitLt(in_features, out_features, has_fp16_weights=False, threshold=6.0)

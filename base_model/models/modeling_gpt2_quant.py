@@ -129,7 +129,7 @@ class QuantGPT2Config(GPT2Config):
 
     lora_bank, lora_r, lora_alpha: the adapters; bit_config: the resolved bits; base_model_name_or_path and
     base_checksum: the frozen base, which an adapter checkpoint refers to and does not contain.
-    The own model_type keeps stock classes from loading (out, in) weights as Conv1D.
+    The own model_type keeps AutoModel from loading (out, in) weights as Conv1D.
     """
 
     model_type = "quant_gpt2"
@@ -189,7 +189,7 @@ class QuantGPT2Mixin:
         resolved = resolve_bit_config(config, layers)
         source = config if isinstance(config, str | os.PathLike) else "bit config"
         faults = [
-            f'{source}: "{name}".w_bits = {bits["w_bits"]}, but the LoRA bank has adapters for {list(layer.lora_A)} only'
+            f'{source}: "{name}".w_bits = {bits["w_bits"]}, but the LoRA bank has only {list(layer.lora_A)}'
             for (name, layer), bits in zip(layers.items(), resolved.values(), strict=True)
             if layer.lora_A and "shared" not in layer.lora_A and str(bits["w_bits"]) not in layer.lora_A
         ]
@@ -266,7 +266,8 @@ class QuantGPT2Mixin:
         if config.model_type == "gpt2":
             return cls._from_stock(name_or_path, hub, kwargs)
         if config.model_type != "quant_gpt2":
-            raise ValueError(f"{name_or_path}: model_type is {config.model_type!r}, allowed are 'gpt2' and 'quant_gpt2'")
+            allowed = "'gpt2' and 'quant_gpt2'"
+            raise ValueError(f"{name_or_path}: model_type is {config.model_type!r}, allowed are {allowed}")
         config = QuantGPT2Config.from_pretrained(name_or_path, **hub, **kwargs)
         state = _read_weights(name_or_path)
         if config.base_model_name_or_path:
@@ -317,7 +318,7 @@ class QuantGPT2Mixin:
             raise ValueError(f"{source}: weights missing: {missing[:3]}; not part of the model: {unexpected[:3]}")
 
     def set_base(self, name_or_path):
-        """Make checkpoints refer to this frozen base (by name or absolute path, and checksum) instead of containing it."""
+        """Make checkpoints refer to this frozen base (name or path, and checksum) instead of containing it."""
         is_folder = os.path.isdir(name_or_path)
         self.config.base_model_name_or_path = os.path.abspath(name_or_path) if is_folder else name_or_path
         self.config.base_checksum = self.base_checksum()

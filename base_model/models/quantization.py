@@ -40,7 +40,7 @@ def row_scale(x, bits):
 
 
 def _codes_as_float(x, scale):
-    # A row of zeros has scale 0: divide it by 1 instead. The quotient is a fresh tensor, so it may be rounded in place.
+    # A row of zeros has scale 0: divide it by 1 instead. The quotient is fresh, so it may be rounded in place.
     return torch.div(x.float(), torch.where(scale == 0, 1.0, scale)).round_()
 
 

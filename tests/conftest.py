@@ -1,0 +1,73 @@
+"""Fixtures: a tiny SQuAD-format data set and a tiny stock GPT-2 with its own tokenizer, made on the spot."""
+
+import json
+import os
+import random
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+NAMES = ("Ada", "Ben", "Cleo", "Dora", "Egon", "Fina", "Gus", "Hana")
+THINGS = ("kite", "drum", "lamp", "coin", "boat", "ring")
+
+
+def tiny_squad(questions, seed):
+    """Official nested SQuAD JSON: "Ada has the red kite. ..." / "What does Ada have?"."""
+    rng = random.Random(seed)
+    paragraphs = []
+    for number in range(questions // 2):
+        pairs = list(zip(rng.sample(NAMES, 4), rng.sample(THINGS, 4), strict=True))
+        context = " ".join(f"{name} has the {thing}." for name, thing in pairs)
+        qas = []
+        for name, thing in rng.sample(pairs, 2):
+            start = context.index(f"the {thing}")
+            answers = [{"text": f"the {thing}", "answer_start": start}, {"text": thing, "answer_start": start + 4}]
+            qas.append({"id": f"{seed}-{number}-{name}", "question": f"What does {name} have?", "answers": answers})
+        paragraphs.append({"context": context, "qas": qas})
+    return {"version": "1.1", "data": [{"title": "tiny", "paragraphs": paragraphs}]}
+
+
+@pytest.fixture(scope="session")
+def squad_files(tmp_path_factory):
+    """(train.json, dev.json) with 64 and 14 questions: 14 is no multiple of the batch sizes used."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, questions, seed in (("train", 64, 1), ("dev", 14, 2)):
+        (folder / f"{name}.json").write_text(json.dumps(tiny_squad(questions, seed)))
+    return str(folder / "train.json"), str(folder / "dev.json")
+
+
+def save_tiny_tokenizer(folder, vocab_size=320):
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import GPT2TokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    texts = [f"{name} has the {thing}. What does {name} have?\n" for name in NAMES for thing in THINGS]
+    bpe.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer = GPT2TokenizerFast.from_pretrained(bpe_folder(bpe, folder), model_max_length=128)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def bpe_folder(bpe, folder):
+    os.makedirs(folder, exist_ok=True)
+    bpe.save_model(str(folder))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Folder of a stock GPT-2 (2 blocks, width 64, no dropout) with random weights and its tokenizer."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = save_tiny_tokenizer(folder)
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=2, n_embd=64, n_head=4, n_positions=128, vocab_size=len(tokenizer), **dropout, **ends)
+    config.initializer_range = 0.2  # a random base whose features differ from token to token
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return str(folder)
