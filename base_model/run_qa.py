@@ -22,6 +22,7 @@ import time
 import datasets
 import evaluate
 import transformers
+from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, TrainingArguments, set_seed
 from transformers.utils.versions import require_version
 
@@ -259,23 +260,33 @@ def load_data(data_args, splits, model_args):
     return examples, sources
 
 
-def build_features(examples, split, tokenizer, data_args, training_args, max_positions):
-    """Token windows of a split; those to evaluate are sorted by length, so that batches need little padding."""
+def build_features(examples, split, source, tokenizer, data_args, training_args, max_positions):
+    """Token windows of a split; those to evaluate are sorted by length, so that batches need little padding.
+
+    Features of a local file are kept in the datasets cache, where other ranks and later runs find them; the name of
+    the cache file covers all that they depend on.
+    """
     build = prepare_train_features if split == "train" else prepare_validation_features
-    length = min(data_args.max_seq_length, max_positions)
-    separator = data_args.question_separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
+    settings = {
+        "max_seq_length": min(data_args.max_seq_length, max_positions),
+        "doc_stride": data_args.doc_stride,
+        "separator": data_args.question_separator.encode("latin-1", "backslashreplace").decode("unicode_escape"),
+    }
+    cache_file = None
+    if source["sha256"]:
+        code = file_checksum(os.path.join(HERE, "utils_qa.py"))
+        vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None  # a slow one is refused later
+        name = Hasher.hash([split, source["sha256"], len(examples), sorted(settings.items()), code, vocabulary])
+        cache_file = os.path.join(datasets.config.HF_DATASETS_CACHE, "qa_features", f"{name}.arrow")
+        os.makedirs(os.path.dirname(cache_file), exist_ok=True)
     with training_args.main_process_first(desc=f"features of {split}"):
         features = examples.map(
             build,
             batched=True,
             remove_columns=examples.column_names,
-            fn_kwargs={
-                "tokenizer": tokenizer,
-                "max_seq_length": length,
-                "doc_stride": data_args.doc_stride,
-                "separator": separator,
-            },
+            fn_kwargs={"tokenizer": tokenizer, **settings},
             num_proc=data_args.preprocessing_num_workers,
+            cache_file_name=cache_file,
             load_from_cache_file=not data_args.overwrite_cache,
             desc=f"features of {split}",
         )
@@ -369,7 +380,7 @@ def main():
     examples, sources = load_data(data_args, needed_splits(training_args), model_args)
     positions = model.config.max_position_embeddings
     features = {
-        split: build_features(rows, split, tokenizer, data_args, training_args, positions)
+        split: build_features(rows, split, sources[split], tokenizer, data_args, training_args, positions)
         for split, rows in examples.items()
     }
     if model_args.bitsandbytes:

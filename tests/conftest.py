@@ -1,12 +1,18 @@
 """Fixtures: a tiny SQuAD-format data set and a tiny stock GPT-2 with its own tokenizer, made on the spot."""
 
+import atexit
 import json
 import os
 import random
+import shutil
+import tempfile
 
 import pytest
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before anything of Hugging Face is imported: no network, and caches of the tests' own.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="tests-hf-home-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 NAMES = ("Ada", "Ben", "Cleo", "Dora", "Egon", "Fina", "Gus", "Hana")
