@@ -18,7 +18,35 @@ TRAINER = "class Trainer:\n    steps = 1\n\n    def train(self):\n        return
 SHELL = "#!/usr/bin/env bash\n# Trains.\nset -euo pipefail\n"
 
 # Every governed copy of this repository. Breaking a copy on purpose means deleting its marker and its line here.
-EXPECTED = {}
+EXPECTED = {
+    "switch_precision/record.py": ["base_model/record.py"],
+    "switch_precision/run_qa.py": [
+        "base_model/run_qa.py:option",
+        "base_model/run_qa.py:DataTrainingArguments",
+        "base_model/run_qa.py:parse_args",
+        "base_model/run_qa.py:setup_logging",
+        "base_model/run_qa.py:starting_checkpoint",
+        "base_model/run_qa.py:start_output_dir",
+        "base_model/run_qa.py:load_tokenizer",
+        "base_model/run_qa.py:describe_model",
+        "base_model/run_qa.py:load_data",
+        "base_model/run_qa.py:build_features",
+        "base_model/run_qa.py:make_collator",
+        "base_model/run_qa.py:make_metric",
+        "base_model/run_qa.py:needed_splits",
+        "base_model/run_qa.py:run",
+        "base_model/run_qa.py:plain_errors",
+    ],
+    "switch_precision/squad_data.py": ["base_model/squad_data.py"],
+    "switch_precision/trainer_qa.py": ["base_model/trainer_qa.py"],
+    "switch_precision/utils_qa.py": ["base_model/utils_qa.py"],
+    "switch_precision/models/__init__.py": ["base_model/models/__init__.py"],
+    "switch_precision/models/bit_config.py": ["base_model/models/bit_config.py"],
+    "switch_precision/models/bitsandbytes_ptq.py": ["base_model/models/bitsandbytes_ptq.py"],
+    "switch_precision/models/modeling_gpt2_quant.py": ["base_model/models/modeling_gpt2_quant.py"],
+    "switch_precision/models/quantization.py": ["base_model/models/quantization.py"],
+    "switch_precision/squad_metric/squad_metric.py": ["base_model/squad_metric/squad_metric.py"],
+}
 
 
 @pytest.fixture

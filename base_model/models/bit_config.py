@@ -91,7 +91,10 @@ def resolve_bit_config(config, layers):
     # The default goes first wherever it stands in the file: everything else overrides it.
     keys = ["default"] * ("default" in config) + [key for key in config if key not in ("default", "description")]
     for key in keys:
-        matched = layers if key == "default" else [layer for layer in layers if fnmatchcase(layer, key)]
+        if key == "default":
+            matched = layers
+        else:  # the plain name first: a resolved config, set before every forward in joint training, has only those
+            matched = [key] if key in resolved else [layer for layer in layers if fnmatchcase(layer, key)]
         if not matched:
             near = difflib.get_close_matches(key, layers, n=1, cutoff=0.0)
             blocks = sorted({int(part) for layer in layers for part in layer.split(".") if part.isdigit()})
