@@ -65,7 +65,7 @@ def run_record(*, model, bit_config, metrics, data, seed, wall_seconds, **detail
             "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "cuda": torch.cuda.max_memory_allocated() if cuda else None,
         },
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if cuda else f"CPU {torch.backends.cpu.get_cpu_capability()}",
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
