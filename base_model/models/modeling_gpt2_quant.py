@@ -163,6 +163,8 @@ class QuantGPT2Mixin:
         if config.activation_function == "gelu_new":
             for block in self.transformer.h:
                 block.mlp.act = nn.GELU(approximate="tanh")  # the same function in one fused pass instead of five
+        if not self.can_generate():
+            config.use_cache = False  # one forward is all these heads do: a KV cache would only be filled
         if config.lora_bank:
             self._add_adapters()
         self.set_bit_config(config.bit_config or 32)
