@@ -1,17 +1,19 @@
 #!/usr/bin/env python
-"""Fine-tune and evaluate GPT-2 on SQuAD v1.1: full precision, LoRA, one static bit-width config, post-training.
+"""Train one GPT-2 to serve several bit-widths on SQuAD v1.1 (switchable precision), and evaluate it at each of them.
 
-    python run_qa.py --model_name_or_path gpt2 --dataset_name squad --do_train --do_eval --output_dir results/fp32
-    bash train.sh --bit_widths 4          # LoRA at W4A4KV4, all GPUs, the published hyper-parameters
-    MODEL=results/fp32 BIT_CONFIG=../configs/uniform_8.json bash eval.sh     # post-training quantization
+    bash train.sh                                              # widths 4 and 8, jointly, all GPUs
+    python run_qa.py --model_name_or_path gpt2 --dataset_name squad --do_train --do_eval --max_steps 1000 \\
+        --bit_widths 4 6 8 --output_dir results/joint468
+    python run_qa.py ... --bit_configs ../configs/uniform_8.json ../configs/hybrid_25pct_4bit.json W4A8KV8
 
-What is trained: everything without --add_lora / --bit_widths / --bit_config; with one of them the adapters and the QA
-head, on a frozen base. The flags are those of Hugging Face's question-answering example (SQuAD v1.1 part) plus ours;
-`--help` lists them, and one JSON file with the same keys may stand in their place.
+Every linear gets one LoRA adapter per width; base frozen, adapters and QA head trained. One step runs the same batch
+at several configs and takes one optimizer step on the mean of their losses (adaptive_lora_trainer.py).
+What differs from base_model/run_qa.py: the flags, `check_args`, `build_model`, the trainer.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -23,15 +25,28 @@ import datasets
 import evaluate
 import transformers
 from datasets.fingerprint import Hasher
-from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, TrainingArguments, set_seed
+from transformers import (
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    SchedulerType,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils.versions import require_version
 
-from models.bit_config import describe_bit_config, short_name
-from models.bitsandbytes_ptq import LABELS, METHODS, quantize_with_bitsandbytes
+from adaptive_lora_trainer import (
+    AdaptiveLoRATrainer,
+    bit_configs_for_step,
+    qa_distillation_kl,
+    qa_distillation_mse,
+    uniform_configs,
+)
+from models.bit_config import ALLOWED_BITS, ALLOWED_TEXT, describe_bit_config, resolve_bit_config, short_name
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
 from record import file_checksum, relative_path, run_record, write_json_atomic
 from squad_data import load_qa_datasets
-from trainer_qa import QuestionAnsweringTrainer, is_complete, last_complete_checkpoint
+from trainer_qa import is_complete, last_complete_checkpoint
 from utils_qa import prepare_train_features, prepare_validation_features
 
 require_version("transformers>=5.23", "pip install -r requirements.txt")
@@ -60,18 +75,34 @@ class ModelArguments:
     model_revision: str = option("main", "branch, tag or commit on the hub")
     token: str | None = option(None, "hub token (default: the one of `hf auth login`)")
     attn_implementation: str | None = option(None, "eager, sdpa or another attention of transformers")
-    add_lora: bool = option(False, "LoRA without quantized training: one shared adapter, which serves any bits later")
     lora_r: int = option(8, "rank of the adapters")
     lora_alpha: int = option(16, "scaling is lora_alpha / lora_r")
-    bit_widths: list[int] | None = option(None, "static width of W, A and KV, trained with LoRA (here one: 2 to 8)")
-    bit_config: str | None = option(
+    bit_widths: list[int] = option([4, 8], "widths to serve, W = A = KV; each has its own adapter in every linear")
+    bit_configs: list[str] | None = option(
         None,
-        'per-layer bits: JSON file (configs/README.md) or "W4A8KV8"; training: static, with LoRA; evaluation: PTQ',
-        aliases=["--sp_config_path"],
+        'train and evaluate these configs instead: JSON files (configs/README.md) or "W4A8KV8"; adapters for their '
+        "w_bits",
     )
-    bitsandbytes: str | None = option(
-        None, "evaluate with the linears quantized by bitsandbytes: 8bit or nf4 (weight-only)", aliases=["--bnb"]
+
+
+@dataclasses.dataclass
+class ObjectiveArguments:
+    """What a training step does. Highest precision always goes first."""
+
+    objective: str = option(
+        "joint",
+        "joint: highest width, mixed configs, lowest width in every step; random: one random config a step; "
+        "sequential: one width after the other, --max_steps / widths each (as published)",
     )
+    num_mixed_configs: int = option(1, "random per-layer assignments a step; 0 for uniform widths only")
+    sample_widths: int = option(0, "random widths a step between the highest and the lowest, as passes of their own")
+    curriculum: float = option(0.0, "lower widths join one after the other over this fraction of the steps")
+    teacher: bool = option(False, "a full-precision pass with its own adapter goes first and teaches the others")
+    distill_loss: str = option("kl", "distillation from the higher passes: kl, mse (raw logits, InstantNet) or none")
+    distill_weight: float = option(
+        1.0, "weight of each higher pass beside cross-entropy; sequential: w gives (CE + w KL) / (1 + w)"
+    )
+    distill_temperature: float = option(2.0, "temperature of --distill_loss kl, whose gradient scale is kept by T^2")
 
 
 # Copied from base_model/run_qa.py:DataTrainingArguments
@@ -123,21 +154,42 @@ def setup_logging(training_args):
         datasets.disable_progress_bars()
 
 
-def check_args(model_args, data_args, training_args):
+def check_args(model_args, objective_args, training_args):
     """Refuse what cannot work, before anything is loaded."""
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise ValueError("nothing to do: pass --do_train, --do_eval or --do_predict")
-    if model_args.bit_widths and model_args.bit_config:
-        raise ValueError("--bit_widths and --bit_config both say the bits: pass one of them")
-    if model_args.bit_widths and len(model_args.bit_widths) > 1:
+    widths = model_args.bit_widths
+    for bits in widths:
+        if bits not in ALLOWED_BITS:
+            raise ValueError(f"--bit_widths: {bits} is not a bit-width, allowed are {ALLOWED_TEXT}")
+    if len(set(widths)) < len(widths):
+        raise ValueError(f"--bit_widths {' '.join(map(str, widths))}: every width once")
+    for flag, allowed in {
+        "objective": ("joint", "random", "sequential"),
+        "distill_loss": ("kl", "mse", "none"),
+    }.items():
+        if getattr(objective_args, flag) not in allowed:
+            raise ValueError(f"--{flag} {getattr(objective_args, flag)}: allowed are {', '.join(allowed)}")
+    for flag in ("num_mixed_configs", "sample_widths", "distill_weight"):
+        if getattr(objective_args, flag) < 0:
+            raise ValueError(f"--{flag} {getattr(objective_args, flag)}: must not be negative")
+    if not 0 <= objective_args.curriculum <= 1:
+        raise ValueError(f"--curriculum {objective_args.curriculum}: a fraction of the steps, 0 to 1")
+    if objective_args.distill_temperature <= 0:
+        raise ValueError(f"--distill_temperature {objective_args.distill_temperature}: must be positive")
+    if objective_args.sample_widths and (objective_args.objective != "joint" or model_args.bit_configs):
+        raise ValueError("--sample_widths adds widths to a joint step of --bit_widths: no other objective or configs")
+    if objective_args.sample_widths > max(len(widths) - 2, 0):
         raise ValueError(
-            f"--bit_widths {' '.join(map(str, model_args.bit_widths))}: base_model trains one static width; "
-            "several at once are trained in switch_precision"
+            f"--sample_widths {objective_args.sample_widths}: --bit_widths has {max(len(widths) - 2, 0)} widths "
+            "between the highest and the lowest"
         )
-    if model_args.bitsandbytes not in (None, *METHODS):
-        raise ValueError(f"--bitsandbytes {model_args.bitsandbytes}: allowed are {', '.join(METHODS)}")
-    if model_args.bitsandbytes and (training_args.do_train or model_args.bit_widths or model_args.bit_config):
-        raise ValueError("--bitsandbytes is weight-only quantization after training: no --do_train, no bits of ours")
+    if objective_args.objective == "sequential" and (objective_args.teacher or objective_args.curriculum):
+        raise ValueError("--objective sequential has its own teachers and order: no --teacher, no --curriculum")
+    if objective_args.teacher and not model_args.bit_configs and 32 in widths:
+        raise ValueError("--teacher is the width 32, which --bit_widths has already")
+    if training_args.fsdp or training_args.deepspeed:
+        raise ValueError("--fsdp and --deepspeed shard the model; here every process needs all of it")
 
 
 # Copied from base_model/run_qa.py:starting_checkpoint
@@ -200,8 +252,29 @@ def load_tokenizer(model_args):
     return tokenizer
 
 
-def build_model(model_args, training, tokenizer):
-    """The model with its adapters and bits set."""
+def target_configs(model_args, shapes):
+    """[(name, resolved config)] to train and evaluate, highest precision first.
+
+    The name is that of the JSON file, or W8A8KV8. `shapes`: {layer: (out, in)}.
+    """
+    if not model_args.bit_configs:
+        return uniform_configs(shapes, model_args.bit_widths)
+    targets = {}
+    for source in model_args.bit_configs:
+        name = os.path.splitext(os.path.basename(source))[0]
+        if name in targets:
+            raise ValueError(f"--bit_configs: two configs are called {name}; results could not tell them apart")
+        targets[name] = resolve_bit_config(source, shapes)
+
+    def average_bits(pair):
+        weights = describe_bit_config(pair[1], shapes)["average_w_bits"]
+        return weights, sum(bits["a_bits"] for bits in pair[1].values())
+
+    return sorted(targets.items(), key=average_bits, reverse=True)
+
+
+def build_model(model_args, objective_args, training, tokenizer):
+    """(model with its bank and at its highest config, [(name, resolved config)] to train and evaluate)."""
     options = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
     if model_args.attn_implementation:
         options["attn_implementation"] = model_args.attn_implementation
@@ -213,19 +286,16 @@ def build_model(model_args, training, tokenizer):
             f"the tokenizer has {len(tokenizer)} tokens, the embedding of {model_args.model_name_or_path} "
             f"{model.config.vocab_size}: they do not belong together (--tokenizer_name)"
         )
-    bits = model_args.bit_config or (model_args.bit_widths[0] if model_args.bit_widths else None)
-    if bits is not None and (model.config.lora_bank or not training):
-        model.set_bit_config(bits)
-    elif bits is not None:
-        with model.bit_config(bits) as resolved:
-            widths = sorted({layer["w_bits"] for layer in resolved.values()})
-        model.add_lora(widths, model_args.lora_r, model_args.lora_alpha)
-        model.set_bit_config(bits)
-    elif model_args.add_lora and not model.config.lora_bank:
-        model.add_lora(["shared"], model_args.lora_r, model_args.lora_alpha)
+    targets = target_configs(model_args, model.layer_shapes())
+    teacher = [32] if training and objective_args.teacher else []
+    if training and not model.config.lora_bank:
+        widths = {layer["w_bits"] for _, config in targets for layer in config.values()}
+        model.add_lora(sorted(widths.union(teacher)), model_args.lora_r, model_args.lora_alpha)
+    for config in [*teacher, *(config for _, config in reversed(targets))]:
+        model.set_bit_config(config)  # refuses what the bank of a checkpoint has no adapter for
     if model.config.lora_bank and not model.config.base_model_name_or_path:
         model.set_base(model_args.model_name_or_path)
-    return model
+    return model, targets
 
 
 # Copied from base_model/run_qa.py:describe_model
@@ -381,16 +451,19 @@ def plain_errors():
 
 def main():
     start = time.time()
-    model_args, data_args, training_args = parse_args(ModelArguments, DataTrainingArguments, TrainingArguments)
+    model_args, data_args, objective_args, training_args = parse_args(
+        ModelArguments, DataTrainingArguments, ObjectiveArguments, TrainingArguments
+    )
     setup_logging(training_args)
-    check_args(model_args, data_args, training_args)
-    settings = dataclasses.asdict(model_args) | {"token": None, "cache_dir": None}
+    check_args(model_args, objective_args, training_args)
+    settings = dataclasses.asdict(model_args) | dataclasses.asdict(objective_args) | {"token": None, "cache_dir": None}
     settings |= {"seed": training_args.seed, "question_separator": data_args.question_separator}
+    settings |= {"max_steps": training_args.max_steps, "num_train_epochs": training_args.num_train_epochs}
     resume = starting_checkpoint(training_args, data_args.overwrite_output_dir, settings)
     set_seed(training_args.seed)
 
     tokenizer = load_tokenizer(model_args)
-    model = build_model(model_args, training_args.do_train, tokenizer)
+    model, targets = build_model(model_args, objective_args, training_args.do_train, tokenizer)
     bits = describe_model(model)
     examples, sources = load_data(data_args, needed_splits(training_args), model_args)
     positions = model.config.max_position_embeddings
@@ -398,11 +471,25 @@ def main():
         split: build_features(rows, split, sources[split], tokenizer, data_args, training_args, positions)
         for split, rows in examples.items()
     }
-    if model_args.bitsandbytes:
-        quantize_with_bitsandbytes(model, model_args.bitsandbytes)
-        bits = {"name": LABELS[model_args.bitsandbytes]}
+    if objective_args.objective == "sequential" and training_args.lr_scheduler_type == "cosine":
+        # Each phase is a run of its own in the published code: the cosine starts again with it.
+        training_args.lr_scheduler_type = SchedulerType.COSINE_WITH_RESTARTS
+        training_args.lr_scheduler_kwargs = {"num_cycles": len(targets)}
     start_output_dir(training_args, settings, resume)
-    trainer = QuestionAnsweringTrainer(
+    shapes = model.layer_shapes()
+    sampler = functools.partial(
+        bit_configs_for_step,
+        seed=training_args.seed,
+        layers=shapes,
+        bit_widths=model_args.bit_widths,
+        num_mixed_configs=objective_args.num_mixed_configs,
+        objective=objective_args.objective,
+        curriculum=objective_args.curriculum,
+        sample_widths=objective_args.sample_widths,
+        explicit=targets if model_args.bit_configs else None,
+        teacher=objective_args.teacher,
+    )
+    trainer = AdaptiveLoRATrainer(
         model=model,
         args=training_args,
         train_dataset=features.get("train"),
@@ -413,6 +500,15 @@ def main():
         compute_metrics=make_metric(),
         n_best_size=data_args.n_best_size,
         max_answer_length=data_args.max_answer_length,
+        configs=targets,
+        sampler=sampler,
+        sequential=objective_args.objective == "sequential",
+        distance={
+            "kl": functools.partial(qa_distillation_kl, temperature=objective_args.distill_temperature),
+            "mse": qa_distillation_mse,
+            "none": None,
+        }[objective_args.distill_loss],
+        distill_weight=objective_args.distill_weight,
     )
     metrics = run(trainer, resume, examples, features, training_args)
     if trainer.is_world_process_zero():
@@ -425,6 +521,10 @@ def main():
             wall_seconds=time.time() - start,
             steps=trainer.state.global_step,
             dtype="bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32",
+            bit_widths=None if model_args.bit_configs else model_args.bit_widths,
+            bit_configs={name: {**describe_bit_config(config, shapes), "layers": config} for name, config in targets},
+            objective=dataclasses.asdict(objective_args) if training_args.do_train else None,
+            passes=trainer.forward_passes() if training_args.do_train else 0,
         )
         write_json_atomic(data_args.record_file or os.path.join(training_args.output_dir, "record.json"), record)
 

@@ -1,6 +1,7 @@
 """Cost of one training step: stock float32 GPT-2 + LoRA against static W8A8KV8 + LoRA, in float32 and with --bf16.
 
     python tests/bench_step.py                 # GPT-2 124M size, random weights, batch 4 x 384; about 3 minutes
+    python tests/bench_step.py --joint         # one width against widths 8 and 4 with cascade distillation
 
 The variants run in turn, round by round, so that a machine that changes speed changes all of them; printed are the
 median seconds and the median of the round-wise ratio to the first variant. LoRA r 8, alpha 16 on all 48 linears, base
@@ -21,7 +22,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2ForQuestionAnswering
 from transformers.pytorch_utils import Conv1D
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "base_model"))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "switch_precision"))
+from adaptive_lora_trainer import cascade_losses, qa_cross_entropy, qa_distillation_kl  # noqa: E402
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering  # noqa: E402
 
 
@@ -48,9 +50,9 @@ def stock_with_lora(config):
     return model.train()
 
 
-def quantized_with_lora(config, bits):
+def quantized_with_lora(config, *bits):
     model = QuantGPT2ForQuestionAnswering(config)
-    model.add_lora([bits])
+    model.add_lora(bits)
     return model.train()
 
 
@@ -63,6 +65,7 @@ def main():
     parser.add_argument("--layers", type=int, default=12, help="blocks (12 is GPT-2 124M)")
     parser.add_argument("--dropout", type=float, default=0.1, help="all three dropout probabilities of GPT-2")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--joint", action="store_true", help="compare a joint step (widths 8, 4) with one width")
     parser.add_argument("--output", help="also write the figures to this JSON file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -70,26 +73,47 @@ def main():
 
     pdrop = {key: args.dropout for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
     config = GPT2Config(n_layer=args.layers, **pdrop)
-    w8, stock = quantized_with_lora(config, 8), stock_with_lora(config)
-    variants = {
-        "float32 + LoRA (stock GPT-2)": (stock, False),
-        "W8A8KV8 + LoRA": (w8, False),
-        "W8A8KV8 + LoRA, --bf16": (w8, True),
-    }
+    if args.joint:
+        w8, w84 = quantized_with_lora(config, 8), quantized_with_lora(config, 4, 8)
+        models = (w8, w84)
+        variants = {
+            "W8A8KV8 + LoRA": (w8, (8,), False),
+            "joint W8, W4 + LoRA": (w84, (8, 4), False),
+            "W8A8KV8 + LoRA, --bf16": (w8, (8,), True),
+            "joint W8, W4 + LoRA, --bf16": (w84, (8, 4), True),
+        }
+    else:
+        w8, stock = models = quantized_with_lora(config, 8), stock_with_lora(config)
+        variants = {
+            "float32 + LoRA (stock GPT-2)": (stock, (None,), False),
+            "W8A8KV8 + LoRA": (w8, (8,), False),
+            "W8A8KV8 + LoRA, --bf16": (w8, (8,), True),
+        }
     ids = torch.randint(0, config.vocab_size, (args.batch_size, args.length), device=args.device)
     labels = torch.randint(0, args.length, (2, args.batch_size), device=args.device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
     optimizers = {}
-    for model in (w8, stock):
+    for model in models:
         model.to(args.device)
         optimizers[model] = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
-    def step(model, bf16):
+    def forward(model, bits, bf16):
+        if bits:
+            model.set_bit_config(bits)
+        with torch.autocast(args.device, torch.bfloat16, enabled=bf16):
+            output = model(input_ids=ids)
+        return torch.stack([output.start_logits, output.end_logits])
+
+    def step(model, widths, bf16):
         if args.device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        with torch.autocast(args.device, torch.bfloat16, enabled=bf16):
-            loss = model(input_ids=ids, start_positions=labels[0], end_positions=labels[1]).loss
-        loss.backward()
+        for loss in cascade_losses(
+            (forward(model, bits, bf16) for bits in widths),
+            lambda logits: qa_cross_entropy(logits, labels, mask),
+            lambda student, teacher: qa_distillation_kl(*student, *teacher, mask),
+        ):
+            (loss / len(widths)).backward()
         optimizers[model].step()
         optimizers[model].zero_grad()
         if args.device == "cuda":
@@ -100,7 +124,7 @@ def main():
     for _ in range(args.rounds + 1):
         for name, variant in variants.items():
             seconds[name].append(step(*variant))
-    reference = seconds["float32 + LoRA (stock GPT-2)"][1:]
+    reference = next(iter(seconds.values()))[1:]
     rows = {}
     print(f"{'variant':<32}{'seconds':>9}{'ratio':>8}   (min - max)")
     for name, taken in seconds.items():

@@ -1,10 +1,13 @@
 """Fixtures: a tiny SQuAD-format data set and a tiny stock GPT-2 with its own tokenizer, made on the spot."""
 
 import atexit
+import contextlib
 import json
 import os
+import pathlib
 import random
 import shutil
+import sys
 import tempfile
 
 import pytest
@@ -17,6 +20,29 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 NAMES = ("Ada", "Ben", "Cleo", "Dora", "Egon", "Fina", "Gus", "Hana")
 THINGS = ("kite", "drum", "lamp", "coin", "boat", "ring")
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@contextlib.contextmanager
+def experiment(folder):
+    """`with experiment("switch_precision"): import run_qa` imports that folder's modules, not their namesakes.
+
+    Every folder has a run_qa.py, and base_model is on pytest's path. The body gets modules of its own, which keep
+    working afterwards; what sys.modules held under these names before comes back.
+    """
+    names = {path.stem for path in (ROOT / folder).iterdir()}
+
+    def take():
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in names}
+
+    before = take()
+    sys.path.insert(0, str(ROOT / folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(ROOT / folder))
+        take()
+        sys.modules.update(before)
 
 
 def tiny_squad(questions, seed):

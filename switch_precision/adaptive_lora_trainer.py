@@ -1,0 +1,262 @@
+"""Switchable-precision training: one batch, several bit-width configs, one optimizer step.
+
+In reading order: the configs of a step (`bit_configs_for_step`), losses (cross-entropy, distillation), the trainer.
+Sources: InstantNet (arXiv 2104.10853) Eq. 1 for cascade distillation; the published code of this system (QaLoF) for
+`sequential`; universally slimmable networks (arXiv 1903.05134) for the sandwich, highest and lowest in every step.
+"""
+
+import random
+import time
+
+import torch
+import torch.nn.functional as F
+from transformers.trainer_utils import speed_metrics
+
+from models.bit_config import describe_bit_config, has_kv, short_name
+from trainer_qa import QuestionAnsweringTrainer
+
+# ---- which configs
+
+
+def assignment(layers, widths):
+    """(name, resolved config) with W = A = KV = the layer's own width."""
+    config = {layer: {"w_bits": width, "a_bits": width} for layer, width in zip(layers, widths, strict=True)}
+    for layer in filter(has_kv, config):
+        config[layer]["kv_bits"] = config[layer]["w_bits"]
+    return short_name(config), config
+
+
+def uniform_configs(layers, bit_widths):
+    """[(name, resolved config)] of every width, highest first."""
+    return [assignment(layers, [width] * len(layers)) for width in sorted(bit_widths, reverse=True)]
+
+
+def bit_configs_for_step(
+    step, seed, layers, bit_widths, num_mixed_configs=1, *, objective="joint", total_steps=None, curriculum=0.0,
+    sample_widths=0, explicit=None, teacher=False,
+):  # fmt: skip
+    """The configs that optimizer step `step` trains, in the order of their passes.
+
+    A function of its arguments alone: all processes draw the same, and so does a resumed run.
+    joint: the highest width; `num_mixed_configs` random per-layer assignments and `sample_widths` random widths from
+    between, by average weight bits; the lowest width. random: one draw, with even odds a uniform width or (unless
+    `num_mixed_configs` is 0) a per-layer assignment. sequential: one width after the other, each for an equal share
+    of `total_steps`.
+
+    Args:
+        layers: {name: (out, in)}, as `model.layer_shapes()`.
+        bit_widths: the widths to choose from; curriculum: lower ones join evenly over this fraction of `total_steps`.
+        explicit: [(name, resolved config)], highest first: takes the place of the uniform and the mixed configs.
+        teacher: a full-precision pass comes first.
+    Returns:
+        [(name, resolved config), ...], highest precision first.
+    """
+    rng = random.Random(f"{seed}-{step}")
+    targets = explicit or uniform_configs(layers, bit_widths)
+    if objective == "sequential":
+        return [targets[min(step * len(targets) // total_steps, len(targets) - 1)]]
+    if curriculum > 0:
+        targets = targets[: 1 + int(step * (len(targets) - 1) / (curriculum * total_steps) + 1e-9)]
+    widths = sorted(bit_widths, reverse=True)[: len(targets)]
+
+    def mixed():
+        return "mixed", assignment(layers, [rng.choice(widths) for _ in layers])[1]
+
+    if objective == "random":
+        use_mixed = not explicit and len(widths) > 1 and num_mixed_configs > 0 and rng.random() < 0.5
+        passes = [mixed() if use_mixed else rng.choice(targets)]
+    elif explicit or len(targets) == 1:
+        passes = targets
+    else:
+        between = rng.sample(targets[1:-1], min(sample_widths, len(targets) - 2))
+        between += [mixed() for _ in range(num_mixed_configs)]
+        between.sort(key=lambda pair: -describe_bit_config(pair[1], layers)["average_w_bits"])
+        passes = [targets[0], *between, targets[-1]]
+    return uniform_configs(layers, [32]) * teacher + passes
+
+
+# ---- losses
+
+
+def qa_cross_entropy(logits, positions, mask):
+    """Mean cross-entropy of start and end; padding is no class, so the loss does not depend on how a batch is padded.
+
+    Args: logits (2, batch, seq), positions (2, batch), mask (batch, seq) true on tokens.
+    """
+    logits = logits.float().masked_fill(~mask, torch.finfo(torch.float32).min)
+    return F.cross_entropy(logits.flatten(0, 1), positions.flatten())
+
+
+def qa_distillation_kl(student_start, student_end, teacher_start, teacher_end, mask, temperature=2.0):
+    """T^2 * KL(teacher || student) at temperature T, mean of start and end and over the batch.
+
+    Args: logits (batch, seq), mask (batch, seq) true on tokens: padding is left out of both distributions.
+    """
+
+    def log_probabilities(logits):
+        return F.log_softmax((logits.float() / temperature).masked_fill(~mask, torch.finfo(torch.float32).min), -1)
+
+    pairs = ((student_start, teacher_start), (student_end, teacher_end))
+    return temperature**2 * 0.5 * sum(
+        F.kl_div(log_probabilities(student), log_probabilities(teacher), reduction="batchmean", log_target=True)
+        for student, teacher in pairs
+    )  # fmt: skip
+
+
+def qa_distillation_mse(student_start, student_end, teacher_start, teacher_end, mask):
+    """Squared difference of the raw logits, mean over the tokens of a window, the batch, and start and end."""
+
+    def mse(student, teacher):
+        squares = (student.float() - teacher.float()).square().masked_fill(~mask, 0.0)
+        return (squares.sum(-1) / mask.sum(-1)).mean()
+
+    return 0.5 * (mse(student_start, teacher_start) + mse(student_end, teacher_end))
+
+
+def cascade_losses(passes, cross_entropy, distance=None, weight=1.0, teachers=()):
+    """Yield L_i = CE(z_i) + weight * sum_j distance(z_i, stop-gradient z_j), j over all passes before i.
+
+    InstantNet's Eq. 1 averages the L_i over the passes, its released code adds them up: that factor is the caller's.
+
+    Args:
+        passes: iterable of logits z_i, highest precision first. It may be a generator that runs the model: pass i is
+            yielded, and may be sent backward, before z_{i+1} is asked for.
+        cross_entropy: z -> loss; distance: (student, teacher) -> loss, None for no distillation.
+        teachers: detached logits that teach from the first pass on.
+    """
+    teachers = list(teachers)
+    for logits in passes:
+        yield cross_entropy(logits) + weight * sum(distance(logits, teacher) for teacher in teachers if distance)
+        teachers.append(logits.detach())
+
+
+# ---- trainer
+
+
+class AdaptiveLoRATrainer(QuestionAnsweringTrainer):
+    """Trains and evaluates several bit-width configs of one model.
+
+    Args:
+        configs: [(name, resolved config)], highest first: those evaluated, and the phases of `sequential`.
+        sampler: (step, total_steps=...) -> passes of that step; `bit_configs_for_step` with its settings bound.
+        sequential: the published procedure. A config below 8 bits learns from the higher ones by an extra forward
+            without gradient (and, unlike there, without dropout): L = (CE + weight * mean KL) / (1 + weight), which
+            for weight 1 is the published (1 - a) CE + a KL with a = 0.5.
+        distance: (student start, end, teacher start, end, mask) -> loss; None for no distillation.
+    """
+
+    def __init__(self, *args, configs, sampler, sequential=False, distance=None, distill_weight=1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.configs, self.sampler, self.sequential = configs, sampler, sequential
+        self.distance, self.distill_weight = distance, distill_weight
+        self._logged = {}  # {config name: losses since the last log}
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """All passes of one micro-batch, each sent backward at once: the memory is that of one pass.
+
+        The loss is the mean over the passes. DDP's reducer is left out (it was not made for adapters that some steps
+        do not use): the passes run on the bare model and the gradients are averaged once per optimizer step.
+        """
+        net = self.accelerator.unwrap_model(model)
+        net.train()
+        inputs, share = self._without_duplicates(self._prepare_inputs(inputs))
+        positions = torch.stack([inputs.pop("start_positions"), inputs.pop("end_positions")])
+        mask = inputs["attention_mask"].bool()
+        configs = self.sampler(self.state.global_step, total_steps=self.state.max_steps)
+
+        def forward(config):
+            net.set_bit_config(config)
+            with self.compute_loss_context_manager():
+                output = net(**inputs)
+            return torch.stack([output.start_logits, output.end_logits])  # (2, batch, seq)
+
+        weight, scale, teachers = self.distill_weight, 1 / len(configs), []
+        if names := self.teacher_names(configs[0][0]):
+            net.eval()
+            with torch.no_grad():
+                teachers = [forward(dict(self.configs)[name]) for name in names]
+            net.train()
+            weight, scale = self.distill_weight / len(teachers), 1 / (1 + self.distill_weight)
+
+        losses = []
+        for loss in cascade_losses(
+            (forward(config) for _, config in configs),
+            lambda logits: qa_cross_entropy(logits, positions, mask),
+            self.distance and (lambda student, teacher: self.distance(*student, *teacher, mask)),
+            weight,
+            teachers,
+        ):
+            scaled = loss * (scale * share / self.current_gradient_accumulation_steps)
+            self.accelerator.backward(scaled)  # before the next forward: checkpointing recomputes with these bits
+            losses.append(scaled.detach())
+        finite = torch.isfinite(torch.stack(losses)).all()  # one wait for the device, not one a pass
+        for (name, config), loss in zip(configs, losses, strict=True):
+            if not finite:
+                net.set_bit_config(config)  # named in the message
+                self.stop_unless_finite(loss)
+            self._logged.setdefault(name, []).append(loss / scale * self.current_gradient_accumulation_steps)
+        net.set_bit_config(self.configs[0][1])  # what is saved opens at the highest precision
+        if self.accelerator.sync_gradients and self.args.world_size > 1:
+            self._average_gradients(net)
+        return torch.stack(losses).sum()
+
+    def teacher_names(self, name):
+        """Configs whose extra forward teaches config `name`: in `sequential`, below 8 bits, all higher ones."""
+        if not self.sequential or self.distance is None:
+            return []
+        names = list(dict(self.configs))
+        below_8 = any(bits["w_bits"] < 8 for bits in dict(self.configs)[name].values())
+        return names[: names.index(name)] if below_8 else []
+
+    def forward_passes(self):
+        """Forward passes of one process in the whole training, those of teachers included."""
+        steps = (self.sampler(step, total_steps=self.state.max_steps) for step in range(self.state.global_step))
+        passes = sum(len(configs) + len(self.teacher_names(configs[0][0])) for configs in steps)
+        return passes * self.args.gradient_accumulation_steps
+
+    def _without_duplicates(self, inputs):
+        """(inputs, share): an epoch's last batch without the samples that fill it up, and its weight in the mean.
+
+        Accelerate hands every process a full batch; of the last ones only the first samples, in the order of the
+        ranks, are new. The share makes the average over the processes the mean over the new samples.
+        """
+        size, world, state = len(inputs["input_ids"]), self.args.world_size, self.accelerator.gradient_state
+        new = len(self.train_dataset) % (size * world)  # not state.remainder: a resumed epoch does not have it
+        last = state.end_of_dataloader and state.sync_gradients  # a whole accumulation window is fetched ahead
+        if world == 1 or not new or not last or self.args.dataloader_drop_last:
+            return inputs, 1.0
+        mine = min(max(new - self.args.process_index * size, 0), size)
+        return ({key: value[:mine] for key, value in inputs.items()} if mine else inputs), mine * world / new
+
+    def _average_gradients(self, net):
+        """Mean over the processes in one collective. Which gradients exist follows from the configs: same on all."""
+        gradients = [p.grad for p in net.parameters() if p.grad is not None]
+        flat = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+    def log(self, logs, start_time=None):
+        """Adds the loss of each config, mean since the last log, over all processes."""
+        if "loss" in logs and self._logged:
+            means = torch.stack([torch.stack(losses).mean() for losses in self._logged.values()])
+            means = self.accelerator.reduce(means, "mean").tolist()
+            logs |= {f"loss_{name}": mean for name, mean in zip(self._logged, means, strict=True)}
+            self._logged = {}
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset=None, eval_examples=None, ignore_keys=None, metric_key_prefix="eval"):
+        """EM/F1 of every config (`eval_f1_W8A8KV8`) and their means (`eval_f1`); predictions in a file per config."""
+        features = self.eval_dataset if eval_dataset is None else eval_dataset
+        examples = self.eval_examples if eval_examples is None else eval_examples
+        start, scores = time.time(), {}
+        for name, config in self.configs:
+            with self.accelerator.unwrap_model(self.model).bit_config(config):
+                texts, _ = self._predict_texts(features, examples, ignore_keys, f"{metric_key_prefix}_{name}")
+            scores[name] = self._score(texts, examples, metric_key_prefix)
+        metrics = {f"{key}_{name}": value for name, found in scores.items() for key, value in found.items()}
+        for key in scores[self.configs[0][0]]:
+            metrics[key] = sum(found[key] for found in scores.values()) / len(scores)
+        metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(examples) * len(scores))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics

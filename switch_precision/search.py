@@ -1,0 +1,229 @@
+#!/usr/bin/env python
+"""Find the bit-width assignment of least loss under a budget, from a sensitivity sweep, and evaluate it.
+
+    bash sweep.sh
+    python search.py --model_name_or_path results/train --dataset_name squad --average_bits 6 --num_random 10 \\
+        --sensitivity_file results/sensitivity/sensitivity.json --output assignment.json --output_dir results/search
+    python search.py ... --pareto --pareto_points 9      # EM against average bits over a grid of budgets
+
+Costs are taken as additive over linears (the measured KL of the single flips, or another --score) and the best
+assignment is exact for them (integer programming). Then swaps are measured on some questions and kept if better.
+What is found is evaluated beside the uniform widths, random assignments of the same budget, and the published hybrid.
+Refinement on the validation set chooses on the data of the table; --measure_split train does not.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import time
+
+import numpy as np
+from transformers import TrainingArguments, set_seed
+
+from assignment import BUDGETS, Problem, random_choice, read_sensitivity, refine, resources, solve, total
+from block_reuse import ReusedForward
+from eval_setup import CheckpointArguments, load_model, model_checksum, resolve_configs, write_text_atomic
+from measure_set import autocast_of, load_measure_set, span_kl, span_nll
+from models.bit_config import describe_bit_config
+from plots import draw_pareto
+from record import relative_path, run_record, write_json_atomic
+from run_qa import load_tokenizer, option, parse_args, plain_errors, setup_logging
+from run_qa_eval import EvalDataArguments, Evaluator, table_lines
+
+logger = logging.getLogger("search")
+HYBRID = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "configs", "hybrid_25pct_4bit.json")
+SCORE_NAMES = ("kl", "loss_increase", "exact_match_drop", "f1_drop", "first_order", "fisher_token", "fisher_window")
+
+
+@dataclasses.dataclass
+class SearchArguments(CheckpointArguments):
+    """The checkpoint, the budget and the search."""
+
+    sensitivity_file: str = option(
+        "results/sensitivity/sensitivity.json", "what sensitivity.py wrote for the checkpoint"
+    )
+    average_bits: float | None = option(None, "budget: average bits of the linear weights")
+    weight_mb: float | None = option(None, "budget: MB of the linear weights at their bits, with their scales")
+    bitops: float | None = option(None, "budget: BitOPs relative to the sweep's reference config, 0 to 1")
+    bit_widths: list[str] | None = option(
+        None, "candidates, as 8 4 or W8A8KV8 W4A4KV4: of the sweep's reference and low configs (default: all of them)"
+    )
+    score: str = option("kl", f"additive cost of a flip: {', '.join(SCORE_NAMES)}")
+    output: str | None = option(None, "file of the assignment (default: assignment.json in --output_dir)")
+    refine_rounds: int = option(4, "rounds of measured swaps (0: the predicted optimum as it is)")
+    refine_candidates: int = option(16, "swaps measured in a round, those predicted best")
+    refine_by: str = option("kl", "what a swap must lower: kl or loss")
+    max_refine_samples: int = option(256, "questions that swaps are measured on, drawn at random")
+    measure_split: str = option("validation", "data that swaps are measured on: validation or train")
+    num_random: int = option(0, "random assignments of the same budget, for contrast")
+    pareto: bool = option(False, "search over a grid of average bits and draw EM against it")
+    pareto_points: int = option(7, "budgets of the grid, lowest and highest width included")
+    num_bootstrap: int = option(1000, "resamples of the 95 % intervals over questions (0: no intervals)")
+
+
+def check_args(args):
+    """The budget as (kind, value), None for --pareto alone."""
+    given = [(kind, getattr(args, kind)) for kind in BUDGETS if getattr(args, kind) is not None]
+    if len(given) > 1 or (not given and not args.pareto):
+        raise ValueError("allowed is one budget of --average_bits, --weight_mb, --bitops; or --pareto for a grid")
+    for name, allowed in (("score", SCORE_NAMES), ("refine_by", ("kl", "loss"))):
+        if getattr(args, name) not in allowed:
+            raise ValueError(f"--{name} {getattr(args, name)}: allowed are {', '.join(allowed)}")
+    for name, least in (("refine_candidates", 1), ("max_refine_samples", 1), ("pareto_points", 2)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)}: allowed are {least} or more")
+    return given[0] if given else None
+
+
+class SubsetMeasure:
+    """Mean KL or loss of choices on the questions of a MeasureSet; the reference's logits are computed once."""
+
+    def __init__(self, problem, forward, measure_set, by):
+        self.problem, self.forward, self.measure_set, self.by = problem, forward, measure_set, by
+        self.reference = []
+        if by == "kl":
+            self.reference = [next(forward.logits(b[0], problem.configs[0], [])) for b in self._tensors()]
+
+    def _tensors(self):
+        return (self.measure_set.tensors(batch) for batch in self.measure_set.batches)
+
+    def __call__(self, base, choices):
+        configs, sums = [self.problem.resolved(choice) for choice in choices], np.zeros(1 + len(choices))
+        for number, (inputs, context, labels) in enumerate(self._tensors()):
+            found = self.forward.logits(inputs, self.problem.resolved(base), configs)
+            for index, logits in enumerate(found):
+                if self.by == "kl":
+                    values = span_kl(self.reference[number], logits, context)
+                else:
+                    values = span_nll(logits, inputs["attention_mask"].bool(), labels)
+                sums[index] += values.double().sum().item()
+        return (sums / sum(map(len, self.measure_set.batches))).tolist()
+
+
+def search(problem, kind, value, measure, args):
+    """(choice, report) of the best assignment found under one budget."""
+    table, budget = problem.budget(kind, value)
+    predicted = choice = solve(problem.cost, table, budget)
+    report = {"budget": {kind: value}, "predicted_cost": float(total(problem.cost, predicted))}
+    if measure and args.refine_rounds:
+        choice, after, before, tried = refine(
+            predicted, problem.cost, table, budget, measure, args.refine_rounds, args.refine_candidates
+        )
+        report |= {f"subset_{args.refine_by}_before": before, f"subset_{args.refine_by}": after, "measured": tried}
+        report["linears_changed"] = sum(a != b for a, b in zip(predicted, choice, strict=True))
+    logger.info("%s <= %g: %s", kind, value, json.dumps(report))
+    return choice, report
+
+
+def as_config(resolved, description):
+    """The JSON config of an assignment: one line per linear, an int where W, A and KV agree."""
+    entries = {
+        layer: next(iter(bits.values())) if len(set(bits.values())) == 1 else bits for layer, bits in resolved.items()
+    }
+    return {"description": description, **entries}
+
+
+def contrast(rows, found, randoms):
+    """How the random assignments of the budget do: mean, spread, and how many beat the found one."""
+    scores = [row["exact_match"] for row in rows if row["config"] in randoms]
+    own = next(row["exact_match"] for row in rows if row["config"] == found)
+    return {
+        "number": len(scores),
+        "mean_exact_match": float(np.mean(scores)),
+        "std_exact_match": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
+        "better_than_found": sum(score > own for score in scores),
+    }
+
+
+def main():
+    start = time.time()
+    args, data_args, training_args = parse_args(SearchArguments, EvalDataArguments, TrainingArguments)
+    setup_logging(training_args)
+    main_budget = check_args(args)
+    if training_args.world_size > 1:
+        raise ValueError(f"the search is one process, not {training_args.world_size}: --nproc_per_node=1")
+    set_seed(training_args.seed)
+    if not os.path.isfile(args.sensitivity_file):
+        read_sensitivity(args.sensitivity_file, "")
+    tokenizer = load_tokenizer(args)
+    model = load_model(args, tokenizer).to(training_args.device)
+    problem = Problem(
+        read_sensitivity(args.sensitivity_file, model_checksum(model)), model, args.bit_widths, args.score
+    )
+    budgets = {"found": main_budget} if main_budget else {}
+    if args.pareto:
+        table, unit = resources("average_bits", problem.options, problem.shapes)
+        grid = np.linspace(table.min(1).sum() / unit, table.max(1).sum() / unit, args.pareto_points)
+        # the ends are uniform widths, which are in the table anyway
+        budgets |= {f"found_{value:.2f}": ("average_bits", float(value)) for value in grid[1:-1]}
+    for budget in budgets.values():
+        problem.budget(*budget)
+
+    measure = None
+    if args.refine_rounds:
+        rng = np.random.default_rng(training_args.seed)
+        measure_set, _ = load_measure_set(
+            model,
+            tokenizer,
+            args,
+            data_args,
+            training_args,
+            1,
+            lambda ids: rng.permutation(ids)[: args.max_refine_samples].tolist(),
+        )
+        measure = SubsetMeasure(problem, ReusedForward(model, autocast_of(training_args)), measure_set, args.refine_by)
+    configs, reports, randoms = dict(zip(problem.names, problem.configs, strict=True)), {}, {}
+    for name, (kind, value) in budgets.items():
+        choice, reports[name] = search(problem, kind, value, measure, args)
+        configs[name] = problem.resolved(choice)
+        rng = np.random.default_rng([training_args.seed, len(reports)])
+        table, budget = problem.budget(kind, value)
+        randoms[name] = [f"{name.replace('found', 'random')}_{index}" for index in range(args.num_random)]
+        configs |= {other: problem.resolved(random_choice(table, budget, rng)) for other in randoms[name]}
+    if len({layer.split(".h.")[1].split(".")[0] for layer in problem.shapes}) == 12 and os.path.isfile(HYBRID):
+        try:
+            configs |= resolve_configs(model, [HYBRID])
+        except ValueError as error:
+            logger.warning("the published hybrid is left out: %s", error)
+    for name in budgets:
+        average = describe_bit_config(configs[name], problem.shapes)["average_w_bits"]
+        kind, value = budgets[name]
+        words = f"{average:.3f} average weight bits, least {args.score} under {kind} <= {value:g} (search.py)"
+        path = os.path.join(training_args.output_dir, f"{name}.json")
+        if name == "found":
+            path = args.output or os.path.join(training_args.output_dir, "assignment.json")
+        write_json_atomic(path, as_config(configs[name], words))
+
+    evaluator = Evaluator(model, tokenizer, args, data_args, training_args, data_args.overwrite_output_dir)
+    rows = evaluator.table(evaluator.evaluate_all(configs), problem.names[0], args.num_bootstrap)
+    lines = table_lines(rows, problem.names[0])
+    for name in budgets if args.num_random else ():
+        reports[name]["random"] = contrast(rows, name, randoms[name])
+        lines.append(f"{name} against random assignments of its budget: {json.dumps(reports[name]['random'])}")
+    print("\n".join(lines), flush=True)
+    folder = training_args.output_dir
+    write_text_atomic(os.path.join(folder, "table.md"), "\n".join(lines) + "\n")
+    if args.pareto:
+        groups = {"uniform": problem.names, "found": list(budgets), "random": sum(randoms.values(), [])}
+        draw_pareto(rows, groups, os.path.join(folder, "pareto.png"))
+        write_json_atomic(os.path.join(folder, "pareto.json"), {"groups": groups, "rows": rows})
+    record = run_record(
+        model=relative_path(args.model_name_or_path),
+        bit_config={"reference": problem.names[0], "layers": configs},
+        metrics={f"{row['config']}_{key}": row[key] for row in rows for key in ("exact_match", "f1")},
+        data=evaluator.sources,
+        seed=training_args.seed,
+        wall_seconds=time.time() - start,
+        score=args.score,
+        sensitivity_file=relative_path(args.sensitivity_file),
+        measure_split=args.measure_split,
+        search=reports,
+        rows=rows,
+    )
+    write_json_atomic(data_args.record_file or os.path.join(folder, "record.json"), record)
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main()

@@ -1,0 +1,260 @@
+#!/usr/bin/env python
+"""How much does each linear, block and layer type lose at low bits? One flip at a time from a reference config.
+
+    bash sweep.sh                                          # every flip from 8 to 4 bits, SQuAD v1.1 validation
+    python sensitivity.py --model_name_or_path results/train --validation_file dev.json --output_dir results/sens
+
+Flips: the linears (48 in GPT-2), the blocks, the types attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj, attention, mlp,
+and all at once. Measured: EM, F1, cross-entropy of the gold span, and KL of the start and end distributions from the
+reference's; beside them scores predicted from gradients of a few batches. Batches are outside and flips inside, and a
+flip reuses the hidden states below it (block_reuse.py). State is kept per chunk of batches: a killed sweep goes on.
+Outputs in --output_dir: sensitivity.json (what search.py reads), sensitivity.png, the table on stdout.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import time
+
+import numpy as np
+from tqdm.auto import tqdm
+from transformers import TrainingArguments, set_seed
+
+from block_reuse import ReusedForward, block_of
+from eval_setup import CheckpointArguments, data_identity, load_model, model_checksum, resolve_configs
+from eval_stats import compare, markdown_table, with_interval
+from gradient_scores import MEASURES, SCORES, correlations, gradient_scores
+from measure_set import autocast_of, load_measure_set, span_kl, span_nll
+from models.bit_config import describe_bit_config
+from plots import TYPES, draw_heat_map
+from record import relative_path, run_record, write_json_atomic
+from run_qa import (
+    DataTrainingArguments,
+    load_tokenizer,
+    option,
+    parse_args,
+    plain_errors,
+    setup_logging,
+)
+from utils_qa import squad_em_f1_per_example
+
+logger = logging.getLogger("sensitivity")
+
+
+@dataclasses.dataclass
+class SweepArguments(CheckpointArguments):
+    """The checkpoint and the flips."""
+
+    reference_config: str = option("8", "config that is flipped from: JSON file, short form as W8A8KV8, or a width")
+    low_bits: list[str] = option(["4"], "configs that are flipped to, one or several (search.py: one per low width)")
+    measure_split: str = option("validation", "data to measure on: validation or train (see --max_train_samples)")
+    chunk_batches: int = option(8, "batches between two saves of the state")
+    num_gradient_batches: int = option(8, "batches for the gradient-based scores (0: none)")
+    num_bootstrap: int = option(1000, "resamples of the 95 % intervals over questions (0: no intervals)")
+
+
+def make_flips(reference, lows):
+    """All flips as {key: {"low_bits", "kind", "name", "layers"}}.
+
+    Args: reference: resolved config. lows: {name of the low config: resolved config}.
+    """
+    layers, groups = list(reference), {}
+    groups |= {("layer", layer): [layer] for layer in layers}
+    for block in sorted({block_of(layer) for layer in layers}):
+        groups["block", f"block {block}"] = [layer for layer in layers if block_of(layer) == block]
+    for kind in (*TYPES, "attn", "mlp"):
+        prefix = f".{kind}" if "." in kind else f".{kind}."
+        groups["type", kind] = [layer for layer in layers if prefix in layer]
+    groups["all", "all"] = layers
+    return {
+        f"{low}: {name}": {"low_bits": low, "kind": kind, "name": name, "layers": members}
+        for low in lows
+        for (kind, name), members in groups.items()
+    }
+
+
+def flipped(reference, low, layers):
+    """The reference with `layers` at their low bits."""
+    return reference | {layer: low[layer] for layer in layers}
+
+
+def measure_chunk(forward, measure_set, chunk, reference, configs, tick):
+    """Answers, loss and KL of a chunk under the reference (first) and under each of `configs`; tick() per batch.
+
+    Returns: {"ids", "windows", "results": [{"texts", "loss", "kl"}, ...]}, losses and KL summed over windows.
+    """
+    ids, examples, features = measure_set.chunk_rows(chunk)
+    logits = [[] for _ in range(len(configs) + 1)]  # the chunk's logits only: (2, batch, seq) per config and batch
+    sums = np.zeros((len(configs) + 1, 2))
+    for batch in chunk:
+        inputs, context, labels = measure_set.tensors(batch)
+        real = inputs["attention_mask"].bool()
+        for index, found in enumerate(forward.logits(inputs, reference, configs)):
+            if index == 0:
+                base = found
+            loss, divergence = span_nll(found, real, labels), span_kl(base, found, context)
+            sums[index] += [loss.double().sum().item(), divergence.double().sum().item()]
+            logits[index].append(found.cpu())
+        tick()
+    results = [
+        {"texts": measure_set.texts(examples, features, parts), "loss": loss, "kl": divergence}
+        for parts, (loss, divergence) in zip(logits, sums.tolist(), strict=True)
+    ]
+    return {"ids": ids, "windows": sum(map(len, chunk)), "results": results}
+
+
+def open_state(folder, identity, overwrite):
+    """The state folder of a sweep; one with another identity is refused, or removed with `overwrite`."""
+    path = os.path.join(folder, "identity.json")
+    identity = json.loads(json.dumps(identity))
+    if overwrite and os.path.isdir(folder):
+        shutil.rmtree(folder)
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            before = json.load(file)
+        if changed := [key for key in identity if identity[key] != before.get(key)]:
+            shown = "; ".join(
+                f"{key}: {str(before.get(key))[:80]} then, {str(identity[key])[:80]} now" for key in changed
+            )
+            raise ValueError(
+                f"{folder} holds a sweep with other settings ({shown}): pass --overwrite_output_dir to start over, or "
+                "another --output_dir"
+            )
+    write_json_atomic(path, identity)
+    return folder
+
+
+def sweep(forward, measure_set, reference, configs, state, progress=True):
+    """Measures all chunks that have no state yet; returns all chunks' states, in order."""
+    parts, blocks = [], len(forward.blocks)
+    paths = [os.path.join(state, f"chunk-{number:05d}.json") for number in range(len(measure_set.chunks))]
+    left = sum(len(chunk) for path, chunk in zip(paths, measure_set.chunks) if not os.path.isfile(path))
+    bar = tqdm(total=left, desc=f"{len(configs)} flips", unit="batch", disable=not progress)
+    for path, chunk in zip(paths, measure_set.chunks, strict=True):
+        if not os.path.isfile(path):
+            start, before = time.time(), forward.block_forwards
+            part = measure_chunk(forward, measure_set, chunk, reference, configs, bar.update)
+            part["block_forwards"] = forward.block_forwards - before
+            part["plain_block_forwards"] = blocks * len(chunk) * (1 + len(configs))
+            write_json_atomic(path, part | {"wall_seconds": time.time() - start})
+        with open(path, encoding="utf-8") as file:
+            parts.append(json.load(file))
+    bar.close()
+    return parts
+
+
+def summarize(parts, names, references, num_bootstrap, seed):
+    """{name: measures} of the reference (names[0]) and the flips, from the states of all chunks."""
+    windows = sum(part["windows"] for part in parts)
+    scores, sums = {}, {}
+    for index, name in enumerate(names):
+        texts = {}
+        for part in parts:
+            texts |= dict(zip(part["ids"], part["results"][index]["texts"], strict=True))
+        scores[name] = list(squad_em_f1_per_example(texts, references).values())
+        sums[name] = {key: sum(part["results"][index][key] for part in parts) / windows for key in ("loss", "kl")}
+    result = compare(scores, names[0], num_bootstrap, seed)
+    for name in names:
+        result[name] |= {**sums[name], "loss_increase": sums[name]["loss"] - sums[names[0]]["loss"]}
+    return result
+
+
+def table_lines(flips, reference):
+    """The table as markdown."""
+    header = ["flip", "EM", "EM drop", "F1 drop", "KL", "loss increase", *SCORES]
+    rows = [["reference", f"{reference['exact_match']:.2f}", "", "", "", "", *([""] * len(SCORES))]]
+    for key, flip in flips.items():
+        drops = [with_interval(flip[name], flip[f"{name}_interval"]) for name in ("exact_match_drop", "f1_drop")]
+        smooth = [f"{flip['kl']:.5f}", f"{flip['loss_increase']:+.5f}"]
+        predicted = [f"{flip[name]:.3g}" if name in flip else "" for name in SCORES]
+        rows.append([key, f"{flip['exact_match']:.2f}", *drops, *smooth, *predicted])
+    return markdown_table(header, rows)
+
+
+def main():
+    start = time.time()
+    model_args, data_args, training_args = parse_args(SweepArguments, DataTrainingArguments, TrainingArguments)
+    setup_logging(training_args)
+    if training_args.world_size > 1:
+        raise ValueError(f"the sweep is one process, not {training_args.world_size}: --nproc_per_node=1")
+    if model_args.chunk_batches < 1 or model_args.num_gradient_batches < 0 or model_args.num_bootstrap < 0:
+        raise ValueError("--chunk_batches must be 1 or more, --num_gradient_batches and --num_bootstrap 0 or more")
+    set_seed(training_args.seed)
+    tokenizer = load_tokenizer(model_args)
+    model = load_model(model_args, tokenizer).to(training_args.device)
+    (name, reference), *others = resolve_configs(model, [model_args.reference_config, *model_args.low_bits]).items()
+    lows = dict(others)
+    flips = make_flips(reference, lows)
+    if not lows or reference in lows.values():
+        shown = " ".join(model_args.low_bits)
+        raise ValueError(f"--low_bits {shown}: allowed are configs other than --reference_config {name}")
+    measure_set, sources = load_measure_set(
+        model, tokenizer, model_args, data_args, training_args, model_args.chunk_batches
+    )
+    identity = {
+        "model_sha256": model_checksum(model),
+        "reference_config": reference,
+        "low_bits": lows,
+        "data": data_identity(sources),
+        "batches": [training_args.eval_batch_size, model_args.chunk_batches, len(measure_set.batches)],
+        "features": [data_args.max_seq_length, data_args.doc_stride, data_args.question_separator],
+        "max_answer_length": data_args.max_answer_length,
+        "dtype": "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32",
+    }
+    state = open_state(os.path.join(training_args.output_dir, "state"), identity, data_args.overwrite_output_dir)
+    forward = ReusedForward(model, autocast_of(training_args))
+    configs = [flipped(reference, lows[flip["low_bits"]], flip["layers"]) for flip in flips.values()]
+    parts = sweep(forward, measure_set, reference, configs, state, progress=not training_args.disable_tqdm)
+
+    references = {row["id"]: row["answers"]["text"] for row in measure_set.examples}
+    names = ["reference", *flips]
+    measured = summarize(parts, names, references, model_args.num_bootstrap, training_args.seed)
+    flips = {key: flip | measured[key] for key, flip in flips.items()}
+    predicted = gradient_scores(
+        model, measure_set, reference, lows, model_args.num_gradient_batches, training_args.seed
+    )
+    for flip in flips.values():
+        if flip["kind"] == "layer":
+            flip |= predicted.get((flip["low_bits"], flip["name"]), {})
+    ranks = {
+        low: correlations([f for f in flips.values() if (f["low_bits"], f["kind"]) == (low, "layer")]) for low in lows
+    }
+    cost = {
+        key: sum(part[key] for part in parts) for key in ("block_forwards", "plain_block_forwards", "wall_seconds")
+    }
+    cost["block_forwards_fraction"] = cost["block_forwards"] / cost["plain_block_forwards"]
+
+    print("\n".join(table_lines(flips, measured["reference"])))
+    for low, rows in ranks.items():
+        for score, values in rows.items():
+            shown = ", ".join(f"{name} {'-' if value is None else f'{value:+.2f}'}" for name, value in values.items())
+            print(f"Spearman rank correlation over linears, {low}: {score} with {shown}")
+    print(
+        f"{cost['block_forwards']} block forwards in {cost['wall_seconds']:.0f} s; separate evaluations of reference "
+        f"and {len(flips)} flips: {cost['plain_block_forwards']} ({100 * cost['block_forwards_fraction']:.1f} %)",
+        flush=True,
+    )
+    description = {"name": name, **describe_bit_config(reference, model.layer_shapes())}
+    record = run_record(
+        model=relative_path(model_args.model_name_or_path),
+        bit_config={**description, "lora_bank": model.config.lora_bank, "layers": reference},
+        metrics=measured["reference"],
+        data=sources,
+        seed=training_args.seed,
+        wall_seconds=time.time() - start,
+        identity=identity,
+        cost=cost,
+        flips=flips,
+        rank_correlations=ranks,
+        num_gradient_batches=model_args.num_gradient_batches,
+        measures=list(MEASURES),
+    )
+    draw_heat_map(flips, os.path.join(training_args.output_dir, "sensitivity.png"))
+    write_json_atomic(data_args.record_file or os.path.join(training_args.output_dir, "sensitivity.json"), record)
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main()

@@ -1,0 +1,676 @@
+"""switch_precision's tools: many-config evaluation, sensitivity sweep, gradient scores, search, statistics."""
+
+import copy
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import run_qa as base_run_qa
+from conftest import ROOT, experiment
+
+with experiment("switch_precision"):
+    import assignment
+    import block_reuse
+    import eval_stats
+    import gradient_scores
+    import measure_set
+    import run_qa_eval
+    import search
+    import sensitivity
+    from models.bit_config import describe_bit_config
+    from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
+    from utils_qa import prepare_train_features, prepare_validation_features
+
+DATA = ["--max_seq_length", "48", "--doc_stride", "8", "--per_device_eval_batch_size", "4"]
+COMMON = [*DATA, "--use_cpu", "True", "--disable_tqdm", "True", "--seed", "3"]
+
+
+def make_bank(tiny_model, folder, widths=(4, 8), seed=0):
+    """A checkpoint with a LoRA bank of random adapters, strong enough that widths disagree."""
+    torch.manual_seed(seed)
+    model = QuantGPT2ForQuestionAnswering.from_pretrained(tiny_model)
+    model.add_lora(list(widths))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.02)
+            elif name == "qa_outputs.weight":
+                parameter.normal_(std=0.5)
+    model.set_base(tiny_model)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def bank(tiny_model, tmp_path_factory):
+    return make_bank(tiny_model, tmp_path_factory.mktemp("bank"))
+
+
+@pytest.fixture
+def run(monkeypatch, bank, squad_files, tmp_path):
+    """run(module, *flags) calls its main() on bank and dev file; later flags win; returns the output folder."""
+
+    def call(module, *flags, out="out", model=bank):
+        argv = ["x.py", "--model_name_or_path", model, "--validation_file", squad_files[1], *COMMON]
+        monkeypatch.setattr(sys, "argv", [*argv, "--output_dir", str(tmp_path / out), *flags])
+        module.main()
+        return tmp_path / out
+
+    return call
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def rows_of(folder):
+    return {
+        row["config"]: {key: value for key, value in row.items() if key != "seconds"}
+        for row in read(folder / "record.json")["rows"]
+    }
+
+
+@pytest.fixture
+def count(monkeypatch):
+    """count(object, name) counts the calls of an attribute: a list that grows."""
+
+    def wrap(owner, name):
+        calls, original = [], getattr(owner, name)
+
+        def counted(*args, **kwargs):
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+        return calls
+
+    return wrap
+
+
+# ---- evaluation of many configs
+
+
+def test_table_equals_single_evaluations_with_one_load_and_one_tokenization(run, count, bank, squad_files, tmp_path):
+    mixed = tmp_path / "mixed.json"
+    mixed.write_text(json.dumps({"default": 8, "transformer.h.0.mlp.*": 4}))
+    loads = count(run_qa_eval, "load_model")
+    tokenizations = count(run_qa_eval, "build_features")
+    out = run(run_qa_eval, "--bit_configs", "8", "4", "W4A8KV8", str(mixed))
+    assert len(loads) == len(tokenizations) == 1
+    rows = rows_of(out)
+    assert list(rows) == ["W8A8KV8", "W4A4KV4", "W4A8KV8", "mixed"]
+    assert [row["average_w_bits"] for row in rows.values()] == pytest.approx([8, 4, 4, 8 - 4 * 8 / 24])
+    assert [row["relative_bitops"] for row in rows.values()] == pytest.approx([1, 0.25, 0.5, 1 - 0.75 * 8 / 24])
+    table = (out / "table.md").read_text()
+    for name, text in zip(rows, ("W8A8KV8", "W4A4KV4", "W4A8KV8", str(mixed)), strict=True):
+        assert f"| {name} " in table
+        with pytest.MonkeyPatch.context() as patch:
+            argv = ["run_qa.py", "--model_name_or_path", bank, "--validation_file", squad_files[1], *COMMON]
+            patch.setattr(
+                sys, "argv", [*argv, "--do_eval", "--bit_config", text, "--output_dir", str(tmp_path / "one")]
+            )
+            base_run_qa.main()
+        metrics = read(tmp_path / "one" / "record.json")["metrics"]
+        assert rows[name]["exact_match"] == metrics["eval_exact_match"] and rows[name]["f1"] == metrics["eval_f1"]
+        (folder,) = out.glob(f"{name}-*")
+        assert read(folder / "eval_predictions.json") == read(tmp_path / "one" / "eval_predictions.json")
+    record = read(folder / "record.json")
+    assert record["bit_config"]["name"] == "mixed" and len(record["bit_config"]["layers"]) == 8
+    assert record["metrics"]["eval_f1"] == metrics["eval_f1"] and record["data"]["validation"]["examples"] == 14
+
+
+def test_published_command_and_default_configs(run, capsys):
+    published = "--dataset_name squad --do_eval --per_device_eval_batch_size 32 --seed 42 --max_seq_length 786"
+    out = run(run_qa_eval, *published.split(), "--overwrite_output_dir")
+    assert list(rows_of(out)) == ["W8A8KV8", "W4A4KV4"], "the uniform widths of the bank, highest first"
+    assert "| W4A4KV4 " in capsys.readouterr().out
+    assert list(rows_of(run(run_qa_eval, "--sp_config_path", str(ROOT / "configs" / "attn4_mlp8.json")))) == [
+        "attn4_mlp8"
+    ]
+    assert list(rows_of(run(run_qa_eval, "--eval_bit_width", "4"))) == ["W4A4KV4"]
+
+
+def test_checkpoint_without_bank_is_evaluated_as_it_is(run, tiny_model):
+    out = run(run_qa_eval, model=tiny_model)
+    assert list(rows_of(out)) == ["checkpoint"]
+
+
+def test_resume_evaluates_only_what_is_missing(run, count, tmp_path):
+    predictions = count(run_qa_eval.QuestionAnsweringTrainer, "predict")
+    whole = run(run_qa_eval, "--bit_configs", "8", "4", "W4A8KV8", out="whole")
+    assert len(predictions) == 3
+    run(run_qa_eval, "--bit_configs", "8")
+    out = run(run_qa_eval, "--bit_configs", "8", "4", "W4A8KV8")
+    assert len(predictions) == 6 and rows_of(out) == rows_of(whole)
+    (folder,) = out.glob("W4A4KV4-*")
+    (folder / "record.json").unlink()  # as a kill between the predictions and the record leaves it
+    out = run(run_qa_eval, "--bit_configs", "8", "4", "W4A8KV8")
+    assert len(predictions) == 7 and rows_of(out) == rows_of(whole)
+    copied = tmp_path / "copied.json"
+    copied.write_text('{"default": 4}')
+    assert (
+        rows_of(run(run_qa_eval, "--bit_configs", "8", str(copied)))["copied"]["f1"] == rows_of(whole)["W4A4KV4"]["f1"]
+    )
+    assert len(predictions) == 7, "the same bits under another name"
+    run(run_qa_eval, "--bit_configs", "8", "--max_eval_samples", "6")
+    assert len(predictions) == 8, "other data"
+    run(run_qa_eval, "--bit_configs", "8", "--overwrite_output_dir")
+    assert len(predictions) == 9
+
+
+def test_other_weights_are_evaluated_anew(run, count, tiny_model, tmp_path):
+    other = make_bank(tiny_model, tmp_path / "other", seed=5)
+    predictions = count(run_qa_eval.QuestionAnsweringTrainer, "predict")
+    run(run_qa_eval, "--bit_configs", "8")
+    run(run_qa_eval, "--bit_configs", "8", model=other)
+    assert len(predictions) == 2
+
+
+def test_all_faulty_configs_are_refused_before_any_work(run, count, tmp_path):
+    bad = tmp_path / "bad.json"
+    bad.write_text('{"default": 9, "transformer.h.7.*": 4}')
+    loads = count(run_qa_eval, "load_data")
+    with pytest.raises(ValueError) as error:
+        run(run_qa_eval, "--bit_configs", "8", "5", str(bad), "missing.json", "W6A8", "4")
+    message = str(error.value)
+    parts = ("5: ", "w_bits = 5", "['4', '8']", "bad.json", "9 is not a bit-width", "matches no layer")
+    for part in (*parts, "missing.json", "W6A8"):
+        assert part in message, message
+    assert not loads and not (tmp_path / "out").exists()
+
+
+def test_training_flags_are_refused(run):
+    with pytest.raises(ValueError, match="only evaluates"):
+        run(run_qa_eval, "--do_train")
+
+
+# ---- statistics
+
+
+def test_bootstrap_is_the_mean_of_resampled_questions_and_paired():
+    scores = np.random.default_rng(1).random((7, 3))
+    rng = np.random.default_rng(5)
+    expected = [scores[rng.integers(7, size=7)].mean(0) for _ in range(20)]
+    np.testing.assert_allclose(eval_stats.bootstrap_means(scores, 20, 5), expected)
+    # two columns that differ by a constant have a difference without spread
+    means = eval_stats.bootstrap_means(np.stack([scores[:, 0], scores[:, 0] + 0.5], 1), 20, 5)
+    np.testing.assert_allclose(means[:, 1] - means[:, 0], 0.5)
+    assert eval_stats.intervals(np.arange(101.0)[:, None]) == [[2.5, 97.5]]
+
+
+@pytest.mark.parametrize(
+    ("only_reference", "only_other", "p"),
+    [(0, 0, 1.0), (3, 3, 1.0), (5, 1, 2 * (1 + 6) / 2**6), (1, 5, 2 * (1 + 6) / 2**6), (10, 0, 2 / 2**10)],
+)
+def test_mcnemar_by_hand(only_reference, only_other, p):
+    reference = [1] * 4 + [0] * 4 + [1] * only_reference + [0] * only_other
+    other = [1] * 4 + [0] * 4 + [0] * only_reference + [1] * only_other
+    assert eval_stats.mcnemar(reference, other) == pytest.approx(p)
+
+
+def test_compare_by_hand():
+    scores = {
+        "a": [(1.0, 1.0), (1.0, 1.0), (0.0, 0.5), (0.0, 0.5)],
+        "b": [(1.0, 1.0), (0.0, 0.5), (0.0, 0.5), (0.0, 0.0)],
+    }
+    rows = eval_stats.compare(scores, "a", 2000, 0)
+    assert (rows["a"]["exact_match"], rows["a"]["f1"], rows["b"]["exact_match"], rows["b"]["f1"]) == (50, 75, 25, 50)
+    assert rows["b"]["exact_match_drop"] == 25 and rows["b"]["f1_drop"] == 25 and rows["b"]["mcnemar_p"] == 1
+    # the EM difference is right on 1 of 4 questions: resamples hold it 0 to 4 times, more than 3 with p = 1 / 256
+    assert rows["b"]["exact_match_drop_interval"] == [0, 75] and rows["a"]["exact_match_drop_interval"] == [0, 0]
+    assert eval_stats.compare(scores, "a", 0, 0)["b"]["f1_interval"] is None
+
+
+# ---- reuse of hidden states, measures
+
+
+@pytest.fixture
+def tools(bank, squad_files):
+    """(model, MeasureSet of the dev file with windows of several lengths)."""
+    model = QuantGPT2ForQuestionAnswering.from_pretrained(bank)
+    tokenizer = AutoTokenizer.from_pretrained(bank)
+    tokenizer.pad_token = tokenizer.eos_token
+    data = sensitivity.DataTrainingArguments(validation_file=squad_files[1], max_seq_length=22, doc_stride=4)
+    arguments = sensitivity.TrainingArguments("unused", use_cpu=True, per_device_eval_batch_size=5, disable_tqdm=True)
+    model_args = sensitivity.SweepArguments(bank)
+    return model, measure_set.load_measure_set(model, tokenizer, model_args, data, arguments, 2)[0]
+
+
+@pytest.fixture
+def configs(tools):
+    return sensitivity.resolve_configs(tools[0], ["8", "4", "W4A8KV8"])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_reused_hidden_states_give_exactly_the_plain_logits(attention, tools, configs):
+    model, measures = tools
+    model.set_attn_implementation(attention)
+    reference = configs["W8A8KV8"]
+    flips = sensitivity.make_flips(reference, {name: configs[name] for name in ("W4A4KV4", "W4A8KV8")})
+    assert len(flips) == 2 * (8 + 2 + 6 + 1)
+    flipped = [sensitivity.flipped(reference, configs[f["low_bits"]], f["layers"]) for f in flips.values()]
+    forward = block_reuse.ReusedForward(model)
+    distinct = set()
+    last = len(measures.ids) - 1
+    for batch, padded in (([0, 1, 2], False), ([0, 5, last - 1, last], True)):  # windows are sorted by length
+        inputs, _, _ = measures.tensors(batch)
+        assert inputs["attention_mask"].all() != padded
+        before, found = forward.block_forwards, list(forward.logits(inputs, reference, [*flipped, reference]))
+        # per low width: 4 linears x (2 + 1), blocks 2 + 1, six types x 2, all 2
+        assert forward.block_forwards - before == 2 + 2 * (12 + 3 + 12 + 2)
+        for config, logits in zip([reference, *flipped, reference], found, strict=True):
+            with model.bit_config(config), torch.no_grad():
+                plain = model(**inputs)
+            assert torch.equal(logits, torch.stack([plain.start_logits, plain.end_logits]))
+            distinct.add(logits.sum().item())
+    assert len(distinct) > len(flips), "flips change the logits"
+
+
+def test_bits_are_back_when_a_reused_forward_is_left_early(tools, configs):
+    model, measures = tools
+    model.set_bit_config("W4A8KV8")
+    inputs, _, _ = measures.tensors(measures.batches[0])
+    for _ in block_reuse.ReusedForward(model).logits(inputs, configs["W8A8KV8"], [configs["W4A4KV4"]]):
+        break
+    assert model.config.bit_config == configs["W4A8KV8"]
+    assert not any(block._forward_pre_hooks for block in model.transformer.h)
+
+
+def test_gold_labels_are_those_of_training(tools, bank):
+    tokenizer, examples = AutoTokenizer.from_pretrained(bank), tools[1].examples
+    settings = {"tokenizer": tokenizer, "max_seq_length": 22, "doc_stride": 4, "separator": "\n"}
+    trained = prepare_train_features(examples[:], **settings)
+    features = prepare_validation_features(examples[:], **settings)
+    features = examples.from_dict({key: features[key] for key in ("example_id", "offset_mapping")})
+    labels = measure_set.gold_labels(features, examples)
+    assert labels.tolist() == [list(pair) for pair in zip(trained["start_positions"], trained["end_positions"])]
+    assert (labels == 0).all(1).any() and (labels > 0).all(1).any(), "windows with and without the answer"
+
+
+def test_chunks_hold_whole_questions(tools):
+    measures = tools[1]
+    chunk_ids = [{measures.ids[index] for batch in chunk for index in batch} for chunk in measures.chunks]
+    assert len(chunk_ids) > 1 and sum(map(len, chunk_ids)) == len(set().union(*chunk_ids)) == 14
+    assert sorted(index for batch in measures.batches for index in batch) == list(range(len(measures.ids)))
+    assert len(measures.ids) > 14, "questions of several windows"
+
+
+def test_span_measures_by_hand():
+    torch.manual_seed(0)
+    logits, other = torch.randn(2, 1, 4), torch.randn(2, 1, 4)
+    real = torch.tensor([[True, True, True, False]])
+    labels = torch.tensor([[1, 2]])
+    p, q = logits[:, 0, :3].softmax(-1), other[:, 0, :3].softmax(-1)
+    expected = -(p[0, 1].log() + p[1, 2].log()) / 2
+    torch.testing.assert_close(measure_set.span_nll(logits, real, labels), expected[None])
+    torch.testing.assert_close(measure_set.span_kl(logits, other, real), (p * (p / q).log()).sum(-1).mean()[None])
+    assert measure_set.span_kl(logits, other, torch.zeros(1, 4, dtype=torch.bool)).tolist() == [0.0]
+
+
+# ---- sweep
+
+
+def comparable(folder):
+    record = read(folder / "sensitivity.json")
+    return [record[key] for key in ("metrics", "flips", "rank_correlations", "identity")]
+
+
+SWEEP = ("--chunk_batches", "1", "--num_gradient_batches", "2", "--num_bootstrap", "50", "--low_bits", "4", "W4A8KV8")
+
+
+def test_sweep_equals_separate_evaluations(run, tmp_path, capsys):
+    record = read(run(sensitivity, *SWEEP) / "sensitivity.json")
+    flips = record["flips"]
+    picked = ["W4A4KV4: transformer.h.1.mlp.c_fc", "W4A4KV4: block 0", "W4A8KV8: attn", "W4A4KV4: all"]
+    files = []
+    for number, key in enumerate(picked):
+        low = record["identity"]["low_bits"][flips[key]["low_bits"]]
+        files.append(str(tmp_path / f"{number}.json"))
+        config = {"default": 8} | {layer: low[layer] for layer in flips[key]["layers"]}
+        (tmp_path / f"{number}.json").write_text(json.dumps(config))
+    rows = rows_of(run(run_qa_eval, "--bit_configs", "8", *files, "--num_bootstrap", "50", out="eval"))
+    assert {k: record["metrics"][k] for k in ("exact_match", "f1")} == {
+        k: rows["W8A8KV8"][k] for k in ("exact_match", "f1")
+    }
+    for number, key in enumerate(picked):
+        assert len(flips[key]["f1_drop_interval"]) == 2
+        for name, value in rows[str(number)].items():  # all but bits and cost
+            if name in flips[key]:
+                assert flips[key][name] == value, (key, name)
+    assert record["metrics"]["kl"] == 0 and all(flip["kl"] > 0 for flip in flips.values())
+    cost = record["cost"]
+    batches = len(list((tmp_path / "out" / "state").glob("chunk-*")))
+    assert cost["block_forwards"] == batches * (2 + 2 * 29) and cost["plain_block_forwards"] == batches * 2 * 35
+    ranks = record["rank_correlations"]["W4A4KV4"]
+    assert ranks["fisher_window"]["kl"] > 0.6 and ranks["first_order"]["loss_increase"] > 0.6, ranks
+    printed = capsys.readouterr().out
+    assert "| W4A4KV4: transformer.h.0.attn.c_attn " in printed and "block forwards" in printed
+    assert matplotlib.image.imread(tmp_path / "out" / "sensitivity.png").std() > 0.05
+
+
+def test_interrupted_sweep_goes_on_without_repeating_work(run, monkeypatch, count, tmp_path):
+    whole = comparable(run(sensitivity, *SWEEP, out="whole"))
+    original, done = sensitivity.measure_chunk, []
+
+    def stop_at_the_third(*args):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(sensitivity, "measure_chunk", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(sensitivity, *SWEEP)
+    assert not (tmp_path / "out" / "sensitivity.json").exists()
+    monkeypatch.setattr(sensitivity, "measure_chunk", original)
+    again = count(sensitivity, "measure_chunk")
+    assert comparable(run(sensitivity, *SWEEP)) == whole
+    total = len(list((tmp_path / "whole" / "state").glob("chunk-*")))
+    assert len(again) == total - 2
+    with pytest.raises(ValueError, match="other settings.*low_bits.*--overwrite_output_dir"):
+        run(sensitivity, *SWEEP, "--low_bits", "4")
+    run(sensitivity, *SWEEP, "--low_bits", "4", "--overwrite_output_dir")
+    assert len(again) == 2 * total - 2
+
+
+@pytest.mark.slow
+def test_killed_sweep_goes_on(run, bank, squad_files, tmp_path):
+    whole = comparable(run(sensitivity, *SWEEP, out="whole"))
+    command = [sys.executable, str(ROOT / "switch_precision" / "sensitivity.py"), "--model_name_or_path", bank]
+    command += ["--validation_file", squad_files[1], *COMMON, *SWEEP, "--output_dir", str(tmp_path / "out")]
+    process = subprocess.Popen(command)
+    while len(list((tmp_path / "out").glob("state/chunk-*.json"))) < 2 and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    subprocess.run(command, check=True)
+    assert comparable(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--low_bits", "8"), "allowed are configs other than"),
+        (("--low_bits", "5", "nothing.json"), r"(?s)w_bits = 5.*nothing\.json"),
+        (("--measure_split", "test"), "allowed are validation, train"),
+        (("--chunk_batches", "0"), "--chunk_batches must be 1 or more"),
+    ],
+)
+def test_sweep_refusals(flags, message, run, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(sensitivity, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- gradient scores
+
+
+def test_the_layer_alone_gives_what_the_flipped_model_gives(tools, configs):
+    model, measures = tools
+    inputs, _, _ = measures.tensors(measures.batches[0])
+    name = "transformer.h.0.attn.c_attn"  # the first linear: its input does not depend on bits
+    layer, seen = model.quant_layers()[name], []
+    hook = layer.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    for config in (configs["W8A8KV8"], sensitivity.flipped(configs["W8A8KV8"], configs["W4A4KV4"], [name])):
+        with model.bit_config(config), torch.no_grad():
+            model(**inputs)
+    hook.remove()
+    with model.bit_config("W8A8KV8"):
+        assert torch.equal(gradient_scores.alone(layer, seen[0][0], configs["W4A4KV4"][name]), seen[1][1])
+        assert not torch.equal(seen[0][1], seen[1][1]) and layer.w_bits == layer.kv_bits == 8
+
+
+def test_first_order_score_is_the_directional_derivative(tools, configs):
+    """d loss / d e of y + e (y_low - y) at e = 0, at a float reference, where the network is smooth."""
+    model, measures = tools
+    model = copy.deepcopy(model).double()
+    for layer in model.quant_layers().values():
+        layer.lora_A["32"], layer.lora_B["32"] = layer.lora_A["8"], layer.lora_B["8"]
+    reference = model.set_bit_config(32)
+    found = gradient_scores.gradient_scores(model, measures, reference, {"low": configs["W4A4KV4"]}, 10**6, 0)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert any("lora_A" in name for name in trainable), "requires_grad is back"
+    for name in ("transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"):
+        layer, losses = model.quant_layers()[name], []
+        for step in (-1e-4, 1e-4):
+
+            def mix(module, args, output, step=step, name=name):
+                low = gradient_scores.alone(module, args[0], configs["W4A4KV4"][name])
+                return output + step * (low - output)
+
+            hook, loss = layer.register_forward_hook(mix), 0.0
+            for batch in measures.batches:
+                inputs, _, labels = measures.tensors(batch)
+                with torch.no_grad():
+                    output = model(**inputs)
+                logits = torch.stack([output.start_logits, output.end_logits])
+                loss += measure_set.span_nll(logits, inputs["attention_mask"].bool(), labels).sum().item()
+            hook.remove()
+            losses.append(loss / len(measures.ids))
+        slope = (losses[1] - losses[0]) / 2e-4
+        assert found["low", name]["first_order"] == pytest.approx(slope, rel=1e-3, abs=1e-7)
+
+
+# ---- assignment
+
+
+def problems():
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        linears, options = rng.integers(2, 6), rng.integers(2, 4)
+        resource = np.sort(rng.integers(1, 30, (linears, options)))[:, ::-1] * 4
+        cost = np.hstack([np.zeros((linears, 1)), rng.normal(1, 1, (linears, options - 1))])
+        low, high = resource.min(1).sum(), resource.max(1).sum()
+        yield cost, resource, int(rng.integers(low, high + 1)), rng
+
+
+def test_solver_equals_brute_force_within_the_budget():
+    for cost, resource, budget, _ in problems():
+        choice = assignment.solve(cost, resource, budget)
+        assert assignment.total(resource, choice) <= budget
+        every = itertools.product(range(cost.shape[1]), repeat=len(cost))
+        best = min(assignment.total(cost, c) for c in every if assignment.total(resource, c) <= budget)
+        assert assignment.total(cost, choice) == pytest.approx(best)
+    with pytest.raises(ValueError, match="below"):
+        assignment.solve(cost, resource, int(resource.min(1).sum()) - 1)
+
+
+def test_random_choices_and_moves_stay_within_the_budget():
+    for cost, resource, budget, rng in problems():
+        choice = assignment.random_choice(resource, budget, rng)
+        used = assignment.total(resource, choice)
+        assert used <= budget
+        for layer, option in np.ndindex(*resource.shape):
+            extra = resource[layer, option] - resource[layer, choice[layer]]
+            assert extra <= 0 or used + extra > budget, "no linear could have more"
+        neighbours = assignment.moves(choice, cost, resource, budget)
+        predicted = [assignment.total(cost, other) for other in neighbours]
+        assert predicted == sorted(predicted) and choice not in neighbours
+        assert all(assignment.total(resource, other) <= budget for other in neighbours)
+
+
+def test_one_up_can_take_several_down():
+    resource, cost = np.array([[8, 4], [4, 2], [4, 2]]), np.array([[0, 9.0], [0, 1.0], [0, 1.0]])
+    assert assignment.moves((1, 0, 0), cost, resource, 12) == [(0, 1, 1)]
+
+
+def test_refinement_is_never_worse_and_can_improve():
+    for cost, resource, budget, rng in problems():
+        truth, start = cost + rng.normal(0, 0.5, cost.shape), assignment.solve(cost, resource, budget)
+        seen = []
+
+        def measure(base, choices, truth=truth, seen=seen):
+            seen.extend(choices)
+            return [assignment.total(truth, choice) for choice in (base, *choices)]
+
+        choice, value, before, measured = assignment.refine(start, cost, resource, budget, measure, 5, 4)
+        assert value == assignment.total(truth, choice) <= before == assignment.total(truth, start)
+        assert assignment.total(resource, choice) <= budget and measured == len(seen) + 1 == len({start, *seen})
+    # the cost says "keep the first", the measurement the opposite
+    cost, resource = np.array([[0, 2.0], [0, 1.0]]), np.array([[8, 4], [8, 4]])
+    choice, *_ = assignment.refine((0, 1), cost, resource, 12, lambda b, c: [float(x[0] == 0) for x in (b, *c)], 2, 4)
+    assert choice == (1, 0)
+
+
+@pytest.mark.parametrize("kind", assignment.BUDGETS)
+def test_resources_are_those_of_the_description(kind, tools, configs):
+    shapes = tools[0].layer_shapes()
+    options = {layer: [configs[name][layer] for name in ("W8A8KV8", "W4A8KV8", "W4A4KV4")] for layer in shapes}
+    table, unit = assignment.resources(kind, options, shapes)
+    choice = np.random.default_rng(0).integers(3, size=len(shapes))
+    resolved = {layer: entries[index] for (layer, entries), index in zip(options.items(), choice)}
+    described, reference = (describe_bit_config(config, shapes) for config in (resolved, configs["W8A8KV8"]))
+    expected = {
+        "average_bits": described["average_w_bits"],
+        "weight_mb": described["weight_bytes"] / 1e6,
+        "bitops": described["bitops_per_token"] / reference["bitops_per_token"],
+    }
+    assert assignment.total(table, choice) / unit == pytest.approx(expected[kind])
+
+
+# ---- search
+
+
+@pytest.fixture(scope="session")
+def swept(bank, squad_files, tmp_path_factory):
+    """A sensitivity record of the bank."""
+    folder = tmp_path_factory.mktemp("swept")
+    argv = ["x.py", "--model_name_or_path", bank, "--validation_file", squad_files[1], *COMMON, *SWEEP]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*argv, "--num_gradient_batches", "0", "--output_dir", str(folder)])
+        sensitivity.main()
+    return str(folder / "sensitivity.json")
+
+
+def test_search_writes_and_evaluates_an_assignment_within_the_budget(run, swept, bank, count, tmp_path):
+    flags = ("--sensitivity_file", swept, "--bit_widths", "8", "4", "--average_bits", "6.4", "--num_random", "3",
+             "--pareto", "--pareto_points", "4", "--output", str(tmp_path / "a.json"))  # fmt: skip
+    predictions = count(run_qa_eval.QuestionAnsweringTrainer, "predict")
+    out = run(search, *flags)
+    rows, record = rows_of(out), read(out / "record.json")
+    assert list(rows)[:3] == ["W8A8KV8", "W4A4KV4", "found"] and len(rows) == 2 + 3 * (1 + 3)
+    for name, report in record["search"].items():
+        (value,) = report["budget"].values()
+        for config in [name, *(f"{name.replace('found', 'random')}_{index}" for index in range(3))]:
+            assert rows[config]["average_w_bits"] <= value + 1e-9
+        assert report["subset_kl"] <= report["subset_kl_before"] and report["random"]["number"] == 3
+    written = read(tmp_path / "a.json")
+    assert len(written) == 9 and "average_bits <= 6.4" in written["description"]
+    model = QuantGPT2ForQuestionAnswering.from_pretrained(bank)
+    assert model.set_bit_config(str(tmp_path / "a.json")) == record["bit_config"]["layers"]["found"]
+    assert (out / "found_6.67.json").is_file() and matplotlib.image.imread(out / "pareto.png").std() > 0.02
+    groups = read(out / "pareto.json")["groups"]
+    assert groups["found"] == ["found", "found_5.33", "found_6.67"] and len(groups["random"]) == 9
+    before = len(predictions)
+    assert before <= len(rows)
+    assert rows_of(run(search, *flags)) == rows and len(predictions) == before, "resumed from the records"
+
+
+def test_search_with_three_options_per_linear_by_loss_on_training_data(run, swept, squad_files):
+    flags = "--bitops 0.45 --score loss_increase --refine_by loss --refine_rounds 1 --refine_candidates 3"
+    flags += f" --max_refine_samples 5 --measure_split train --train_file {squad_files[0]} --max_train_samples 16"
+    out = run(search, "--sensitivity_file", swept, *flags.split())
+    rows = rows_of(out)
+    assert set(rows) == {"W8A8KV8", "W4A4KV4", "W4A8KV8", "found"} and rows["found"]["relative_bitops"] <= 0.45
+    assert read(out / "record.json")["search"]["found"]["measured"] == 4
+    found = rows_of(run(search, "--sensitivity_file", swept, "--weight_mb", "0.08", "--refine_rounds", "0", out="mb"))
+    assert found["found"]["weight_mb"] <= 0.08
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "one budget"),
+        (("--average_bits", "6", "--bitops", "0.5"), "one budget"),
+        (("--average_bits", "3.9"), "--average_bits 3.9: below .*allowed: 4 or more"),
+        (("--average_bits", "6", "--sensitivity_file", "none.json"), r"none\.json: no such file; sweep\.sh"),
+        (("--average_bits", "6", "--bit_widths", "8", "4", "W8A4KV4"), "W8A4KV4: the sensitivity file has only"),
+        (("--average_bits", "6", "--bit_widths", "4"), "one more at least"),
+        (("--average_bits", "6", "--score", "f2"), "--score f2: allowed are kl"),
+        (("--average_bits", "6", "--score", "first_order"), "--num_gradient_batches"),
+        (("--average_bits", "6", "--refine_by", "em"), "--refine_by em: allowed are kl, loss"),
+        (("--average_bits", "6", "--max_refine_samples", "0"), "--max_refine_samples 0"),
+    ],
+)
+def test_search_refusals(flags, message, run, swept, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(search, "--sensitivity_file", swept, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sensitivity_file_of_another_checkpoint_or_kind_is_refused(run, swept, tiny_model, tmp_path):
+    other = make_bank(tiny_model, tmp_path / "other", seed=5)
+    with pytest.raises(ValueError, match="swept a checkpoint with checksum"):
+        run(search, "--sensitivity_file", swept, "--average_bits", "6", model=other)
+    (tmp_path / "x.json").write_text('{"flips": 1}')
+    with pytest.raises(ValueError, match=r"x\.json: not a record of sensitivity\.py"):
+        run(search, "--sensitivity_file", str(tmp_path / "x.json"), "--average_bits", "6")
+
+
+# ---- command line
+
+
+@pytest.mark.parametrize(("script", "arguments"), [("eval.sh", "EvalArguments"), ("sweep.sh", "SweepArguments")])
+def test_shell_scripts_run_from_anywhere_and_pass_flags_on(script, arguments, tmp_path):
+    folder = tmp_path / "with space"
+    folder.mkdir()
+    shutil.copy(ROOT / "switch_precision" / script, folder)
+    assert subprocess.run(["bash", "-n", folder / script], check=True).returncode == 0
+    stub = tmp_path / "bin" / "torchrun"
+    stub.parent.mkdir()
+    stub.write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" > "$ARGS_FILE"\n')
+    stub.chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{stub.parent}:{os.environ['PATH']}",
+        "ARGS_FILE": str(tmp_path / "args"),
+        "NPROC_PER_NODE": "2",
+        "MODEL": "my model",
+        "VALIDATION_FILE": "my dev.json",
+        "OUTPUT_DIR": "my out",
+        "BIT_CONFIG": "my config.json",
+    }
+    subprocess.run(["bash", str(folder / script), "--seed", "7"], check=True, env=environment, cwd="/")
+    argv = (tmp_path / "args").read_text().split("\0")[:-1]
+    python = next(index for index, word in enumerate(argv) if word.endswith(".py"))
+    assert os.path.isabs(argv[python]) and "--standalone" in argv[:python]
+    assert f"--nproc_per_node={2 if script == 'eval.sh' else 1}" in argv
+    module = run_qa_eval if script == "eval.sh" else sensitivity
+    data = {"eval.sh": "EvalDataArguments", "sweep.sh": "DataTrainingArguments"}[script]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv[python:])
+        model_args, data_args, training_args = module.parse_args(
+            getattr(module, arguments), getattr(module, data), module.TrainingArguments
+        )
+    assert (model_args.model_name_or_path, data_args.validation_file) == ("my model", "my dev.json")
+    assert (training_args.output_dir, training_args.seed, data_args.max_seq_length) == ("my out", 7, 786)
+    if script == "eval.sh":
+        assert model_args.bit_configs == ["my config.json"]
+
+
+def test_every_flag_has_a_help_text():
+    for arguments in (run_qa_eval.EvalArguments, sensitivity.SweepArguments, search.SearchArguments):
+        assert all(field.metadata["help"] for field in dataclasses.fields(arguments))
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_table_of_one(run, bank, squad_files, tmp_path):
+    one = rows_of(run(run_qa_eval, "--bit_configs", "8", "4", out="one"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "switch_precision" / "run_qa_eval.py"), "--model_name_or_path", bank, *COMMON]
+    command += ["--validation_file", squad_files[1], "--output_dir", str(tmp_path / "two"), "--bit_configs"]
+    for configs in (["8"], ["8", "4"]):  # the second takes the record of the first
+        subprocess.run([*command, *configs], check=True)
+    assert rows_of(tmp_path / "two") == one
