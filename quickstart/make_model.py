@@ -1,0 +1,143 @@
+"""Pretrain a tiny stock GPT-2, with its own tokenizer, on the text that make_data.py wrote.
+
+    python quickstart/make_model.py --data_dir quickstart/data --output_dir quickstart/model   # about 3 min on 2 cores
+
+The folder works as --model_name_or_path of every script. 4 blocks of width 128 with 4 heads, about 1 million weights.
+Two values differ from GPT-2's: no dropout (the text is seen once), and initializer_range 0.08, which is near
+1/sqrt(128) as GPT-2's 0.02 is near 1/sqrt(768) up to a factor of two; with 0.02 attention starts flat and learns late.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import tempfile
+from pathlib import Path
+
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, get_cosine_schedule_with_warmup
+
+END = "<|endoftext|>"
+POSITIONS = 256  # the longest document has about 130 tokens
+
+
+def train_tokenizer(documents: list, vocab_size: int) -> GPT2TokenizerFast:
+    """Returns a byte-level BPE tokenizer with GPT-2's one special token."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(documents, vocab_size=vocab_size, special_tokens=[END], show_progress=False)
+    with tempfile.TemporaryDirectory() as folder:
+        bpe.save(f"{folder}/tokenizer.json")
+        return GPT2TokenizerFast(
+            tokenizer_file=f"{folder}/tokenizer.json",
+            bos_token=END,
+            eos_token=END,
+            unk_token=END,
+            model_max_length=POSITIONS,
+        )
+
+
+def make_batches(sequences: list, batch_size: int, steps: int, seed: int):
+    """Yields `steps` batches of token lists of similar length, passing over the text again when it ends."""
+    rng, window = random.Random(seed), 50 * batch_size  # sorted by length within 50 batches, so little padding
+    batches = []
+    for _ in range(steps):
+        if not batches:
+            order = rng.sample(range(len(sequences)), len(sequences))
+            for i in range(0, len(order), window):
+                by_length = sorted(order[i : i + window], key=lambda j: len(sequences[j]))
+                batches += [by_length[k : k + batch_size] for k in range(0, len(by_length), batch_size)]
+            rng.shuffle(batches)
+        yield [sequences[j] for j in batches.pop()]
+
+
+def pretrain(model: GPT2LMHeadModel, sequences: list, args: argparse.Namespace):
+    """Trains `model` on the next token of `sequences` (lists of token ids), with a progress bar."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), args.learning_rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, args.max_steps // 20, args.max_steps)
+    batches = make_batches(sequences, args.batch_size, args.max_steps, args.seed)
+    bar = tqdm(batches, total=args.max_steps, desc="pretraining", mininterval=1)
+    for batch in bar:
+        longest = max(map(len, batch))
+        ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids in batch])
+        labels = torch.tensor([ids + [-100] * (longest - len(ids)) for ids in batch])
+        logits = model(ids).logits[:, :-1]
+        loss = functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", type=Path, required=True, help="folder that make_data.py wrote")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the model and its tokenizer")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: 0)")
+    parser.add_argument("--n_layer", type=int, default=4, help="number of blocks (default: 4)")
+    parser.add_argument("--n_embd", type=int, default=128, help="width (default: 128)")
+    parser.add_argument("--n_head", type=int, default=4, help="attention heads (default: 4)")
+    parser.add_argument("--vocab_size", type=int, default=1400, help="tokens of the vocabulary (default: 1400)")
+    parser.add_argument("--max_steps", type=int, default=2000, help="optimizer steps (default: 2000)")
+    parser.add_argument("--batch_size", type=int, default=16, help="documents a step (default: 16)")
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="peak, cosine schedule (default: 2e-3)")
+    args = parser.parse_args()
+    text_file, manifest_file = args.data_dir / "pretrain.txt", args.output_dir / "manifest.json"
+    if not text_file.is_file():
+        parser.error(f"{text_file} does not exist; run make_data.py --output_dir {args.data_dir} first")
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        parser.error(f"--output_dir {args.output_dir} is a file, not a folder")
+    if args.n_embd % args.n_head:
+        parser.error(f"--n_embd {args.n_embd} is not a multiple of --n_head {args.n_head}")
+
+    text = text_file.read_bytes()
+    manifest = {name: value for name, value in vars(args).items() if name not in ("data_dir", "output_dir")}
+    manifest["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    manifest["text_sha256"] = hashlib.sha256(text).hexdigest()
+    if manifest_file.is_file() and manifest_file.read_text() == json.dumps(manifest, indent=1):
+        print(f"{args.output_dir} is up to date")
+        return
+
+    torch.manual_seed(args.seed)
+    documents = text.decode("utf-8").strip().split("\n\n")
+    tokenizer = train_tokenizer(documents[:8000], args.vocab_size)
+    end = tokenizer.eos_token_id
+    sequences = [(ids + [end])[:POSITIONS] for ids in tokenizer(documents)["input_ids"]]
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=POSITIONS,
+        n_embd=args.n_embd,
+        n_layer=args.n_layer,
+        n_head=args.n_head,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's gelu_new as one kernel
+        initializer_range=0.08,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=end,
+        eos_token_id=end,
+    )
+    model = GPT2LMHeadModel(config)
+    pretrain(model, sequences, args)
+
+    # The files move in from a temporary folder, the manifest last, so a killed run leaves no folder that looks ready.
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    manifest_file.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.output_dir) as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        Path(part, "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for file in sorted(Path(part).iterdir(), key=lambda path: path.name == "manifest.json"):
+            os.replace(file, args.output_dir / file.name)
+    print(f"wrote {args.output_dir}: {model.num_parameters():,} weights, vocabulary of {len(tokenizer)}")
+
+
+if __name__ == "__main__":
+    main()

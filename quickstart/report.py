@@ -1,0 +1,108 @@
+"""Table and plot of the quick start's records.
+
+python quickstart/report.py --records quickstart/work/records --output_dir quickstart/work
+python quickstart/report.py --records results/quickstart --output_dir results --readme README.md
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+NOTICE = "Tiny stand-in (made-up text, tiny GPT-2): shows that the code works, says nothing about GPT-2 on SQuAD."
+BEGIN, END = "<!-- quickstart table: begin -->", "<!-- quickstart table: end -->"
+ROWS = {
+    "full_fp32": ("full fine-tuning, float32", "32"),
+    "lora_fp32": ("LoRA, float32", "32"),
+    "ptq_W8A8KV8": ("LoRA, then W8A8KV8 (post-training)", "8"),
+    "ptq_W4A8KV8": ("LoRA, then W4A8KV8 (post-training)", "4"),
+    "ptq_W4A4KV4": ("LoRA, then W4A4KV4 (post-training)", "4"),
+    "bnb_8bit": ("LoRA, then bitsandbytes int8 (weight-only)", "8"),
+    "bnb_nf4": ("LoRA, then bitsandbytes nf4 (weight-only)", "4"),
+    "static_w4": ("LoRA trained at W4A4KV4", "4"),
+}
+
+
+def read_rows(records):
+    """[(label, weight bits, EM, F1, EM drop against float32 LoRA, wall seconds)] of the records that are there."""
+    paths = {name: records / f"{name}.json" for name in ROWS}
+    found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    if "lora_fp32" not in found:
+        raise SystemExit(f"error: {records} has no lora_fp32.json; run bash quickstart/run.sh first")
+    reference = found["lora_fp32"]["metrics"]["eval_exact_match"]
+    rows = []
+    for name, record in found.items():
+        exact, f1 = record["metrics"]["eval_exact_match"], record["metrics"]["eval_f1"]
+        rows.append((*ROWS[name], exact, f1, reference - exact, record["wall_seconds"]))
+    return rows
+
+
+def table(rows):
+    """Markdown."""
+    lines = ["| configuration | weight bits | EM | F1 | EM drop | seconds |", "|---|---|---|---|---|---|"]
+    for label, bits, exact, f1, drop, seconds in rows:
+        lines.append(f"| {label} | {bits} | {exact:.1f} | {f1:.1f} | {drop:.1f} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def switchable_table(record):
+    """Markdown of switch_precision's evaluation: one model, trained jointly at 4 and 8 bits, under several configs."""
+    lines = [
+        "| one jointly trained model, served as | average weight bits | EM | F1 | EM drop [95 %] |",
+        "|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        low, high = row["exact_match_drop_interval"]
+        drop = f"{row['exact_match_drop']:.1f} [{low:.1f}, {high:.1f}]"
+        scores = f"{row['exact_match']:.1f} | {row['f1']:.1f}"
+        lines.append(f"| {row['config']} | {row['average_w_bits']:.2f} | {scores} | {drop} |")
+    return "\n".join(lines)
+
+
+def plot(rows, path):
+    """EM and F1 of every row as bars."""
+    figure, axes = plt.subplots(figsize=(9, 0.5 * len(rows) + 1.6), layout="constrained")
+    positions = range(len(rows))
+    for offset, column, name, colour in ((-0.2, 2, "EM", "#2b6ca3"), (0.2, 3, "F1", "#a9c8e2")):
+        values = [row[column] for row in rows]
+        bars = axes.barh([p + offset for p in positions], values, 0.38, color=colour, label=name)
+        axes.bar_label(bars, [f"{value:.1f}" for value in values], padding=3, fontsize=8)
+    axes.set_yticks(list(positions), [row[0] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 108)
+    axes.set_xlabel("percent on the tiny data set")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    figure.suptitle(NOTICE, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def write_into(readme, text):
+    """Replace what stands between the two markers of the README."""
+    before, rest = readme.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    readme.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--records", type=Path, required=True, help="folder of the run records")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where quickstart.md and quickstart.png go")
+    parser.add_argument("--readme", type=Path, help="also put the table into this file, between its markers")
+    args = parser.parse_args()
+    rows = read_rows(args.records)
+    text = f"{NOTICE}\n\n{table(rows)}\n"
+    if (args.records / "switch_eval.json").exists():
+        text += f"\n{switchable_table(json.loads((args.records / 'switch_eval.json').read_text()))}\n"
+    (args.output_dir / "quickstart.md").write_text(text)
+    plot(rows, args.output_dir / "quickstart.png")
+    if args.readme:
+        write_into(args.readme, text)
+    print(f"\n{text}\nplot: {args.output_dir / 'quickstart.png'}")
+
+
+if __name__ == "__main__":
+    main()

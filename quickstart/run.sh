@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# The whole repository on one small machine, no GPU, no hub: makes a virtual environment, a tiny GPT-2 and a tiny data
+# set, trains, quantizes, evaluates, and ends with a table and a plot.  bash quickstart/run.sh
+# Everything lands in quickstart/work. What is done is not done again; --fresh starts over.
+# The numbers are those of a TINY STAND-IN on made-up text. They show that the code works and what bits do; they are
+# not GPT-2 on SQuAD.
+# Environment: VENV PYTHON (see tests/make_venv.sh), WORK (default quickstart/work), SEED (default 42)
+set -euo pipefail
+root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+work="${WORK:-$root/quickstart/work}"
+[[ "$work" == /* ]] || work="$PWD/$work"
+seed="${SEED:-42}"
+case "${1:-}" in
+    "") ;;
+    --fresh) rm -rf -- "$work" ;;
+    *) echo "usage: bash quickstart/run.sh [--fresh]" >&2; exit 2 ;;
+esac
+
+venv="$(bash "$root/tests/make_venv.sh")"
+export PATH="$venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+cd "$root"  # records show commands and paths relative to here
+
+# Results of other code are not this code's results.
+mkdir -p "$work"
+code="$(cat quickstart/*.py quickstart/run.sh quickstart/*.json {base_model,switch_precision}/{*.py,*.sh,models/*.py} | sha256sum | cut -d ' ' -f 1)-$seed"
+if [[ "$(cat "$work/code" 2>/dev/null || true)" != "$code" ]]; then
+    rm -rf -- "$work/runs" "$work/records"
+    echo "$code" >"$work/code"
+fi
+mkdir -p "$work/runs" "$work/records"
+
+python quickstart/make_data.py --output_dir "$work/data"
+python quickstart/make_model.py --data_dir "$work/data" --output_dir "$work/model"
+
+export TRAIN_FILE="$work/data/train.json" VALIDATION_FILE="$work/data/dev.json" NPROC_PER_NODE=1
+common=(--seed "$seed" --max_seq_length 256 --per_device_eval_batch_size 64 --report_to none)
+
+done_already() { # done_already NAME: its record is there
+    if [[ -e "$work/records/$1.json" ]]; then echo "quickstart: $1 is done"; else echo "quickstart: $1"; return 1; fi
+}
+run() { # run NAME FOLDER/SCRIPT MODEL FLAGS...: one run with its record, unless that is there already
+    local name="$1" script="$2" model="$3"
+    shift 3
+    done_already "$name" || MODEL="$model" OUTPUT_DIR="$work/runs/$name" bash "$root/$script" \
+        "${common[@]}" --record_file "$work/records/$name.json" "$@"
+}
+training=(--max_steps 500 --logging_steps 50 --eval_strategy no --save_steps 250)
+
+# base_model: full fine-tuning, LoRA, post-training quantization, LoRA trained at one width
+run full_fp32 base_model/train.sh "$work/model" "${training[@]}" --learning_rate 1e-3
+run lora_fp32 base_model/train.sh "$work/model" "${training[@]}" --add_lora
+for bits in W8A8KV8 W4A8KV8 W4A4KV4; do
+    run "ptq_$bits" base_model/eval.sh "$work/runs/lora_fp32" --bit_config "$bits"
+done
+run bnb_8bit base_model/eval.sh "$work/runs/lora_fp32" --bitsandbytes 8bit
+run bnb_nf4 base_model/eval.sh "$work/runs/lora_fp32" --bitsandbytes nf4
+run static_w4 base_model/train.sh "$work/model" "${training[@]}" --bit_widths 4
+
+# switch_precision: one model for 4 and 8 bits; which layers need 8 is measured on training questions
+joint="$work/runs/switch_train"
+run switch_train switch_precision/train.sh "$work/model" "${training[@]}" --bit_widths 4 8
+on_training_questions=(--measure_split train --train_file "$TRAIN_FILE" --max_train_samples 400)
+run sensitivity switch_precision/sweep.sh "$joint" "${on_training_questions[@]}"
+done_already search || python switch_precision/search.py "${common[@]}" --model_name_or_path "$joint" \
+    --validation_file "$VALIDATION_FILE" "${on_training_questions[@]}" \
+    --sensitivity_file "$work/records/sensitivity.json" --average_bits 6 --num_random 20 --pareto --pareto_points 5 \
+    --output "$work/runs/found_6bits.json" --output_dir "$work/runs/search" --record_file "$work/records/search.json"
+run switch_eval switch_precision/eval.sh "$joint" \
+    --bit_configs 8 quickstart/hybrid_4blocks.json "$work/runs/found_6bits.json" W4A8KV8 4
+
+python quickstart/report.py --records "$work/records" --output_dir "$work"
+echo "plot of the search: $work/runs/search/pareto.png"
