@@ -1,6 +1,6 @@
 """Make up a small question-answering data set in the format of SQuAD v1.1, from templates.
 
-    python quickstart/make_data.py --output_dir quickstart/data        # 2 seconds, no network
+    python quickstart/make_data.py --output_dir quickstart/data        # 5 seconds, no network
 
 A paragraph tells six facts about two invented people, towns or companies, so it holds several dates, towns, people
 and numbers; a question asks for one of them. What decides is mostly the relation (born, moved, died), in

@@ -19,9 +19,7 @@ ROWS = {
     "full_fp32": ("full fine-tuning, float32", "32"),
     "lora_fp32": ("LoRA, float32", "32"),
     "ptq_W8A8KV8": ("LoRA, then W8A8KV8 (post-training)", "8"),
-    "ptq_W4A8KV8": ("LoRA, then W4A8KV8 (post-training)", "4"),
     "ptq_W4A4KV4": ("LoRA, then W4A4KV4 (post-training)", "4"),
-    "bnb_8bit": ("LoRA, then bitsandbytes int8 (weight-only)", "8"),
     "bnb_nf4": ("LoRA, then bitsandbytes nf4 (weight-only)", "4"),
     "static_w4": ("LoRA trained at W4A4KV4", "4"),
 }

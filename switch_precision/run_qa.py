@@ -20,6 +20,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 
 import datasets
 import evaluate
@@ -149,6 +150,8 @@ def setup_logging(training_args):
     for name in ("httpx", "datasets", "bitsandbytes", "evaluate"):
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers.utils.logging.set_verbosity_warning()
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")  # of torch, on machines without a GPU
+    warnings.filterwarnings("ignore", message=".*null_placement.*")  # of pyarrow, raised inside datasets
     if training_args.process_index != 0:
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()

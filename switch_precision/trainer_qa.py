@@ -79,6 +79,8 @@ class QuestionAnsweringTrainer(Trainer):
             ignore_keys=ignore_keys,
             metric_key_prefix=prefix,
         )
+        # Closes the progress bar of this evaluation; the next one would go on counting in it.
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)
         texts, nbest = postprocess_qa_predictions(
             examples, features, output.predictions, self.n_best_size, self.max_answer_length
         )
