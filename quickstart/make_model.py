@@ -85,7 +85,7 @@ def main():
     parser.add_argument("--n_embd", type=int, default=128, help="width (default: 128)")
     parser.add_argument("--n_head", type=int, default=4, help="attention heads (default: 4)")
     parser.add_argument("--vocab_size", type=int, default=1400, help="tokens of the vocabulary (default: 1400)")
-    parser.add_argument("--max_steps", type=int, default=1800, help="optimizer steps (default: 1800)")
+    parser.add_argument("--max_steps", type=int, default=2000, help="optimizer steps (default: 2000)")
     parser.add_argument("--batch_size", type=int, default=16, help="documents a step (default: 16)")
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="peak, cosine schedule (default: 2e-3)")
     args = parser.parse_args()

@@ -44,7 +44,7 @@ run() { # run NAME FOLDER/SCRIPT MODEL FLAGS...: one run with its record, unless
     done_already "$name" || MODEL="$model" OUTPUT_DIR="$work/runs/$name" bash "$root/$script" \
         "${common[@]}" --record_file "$work/records/$name.json" "$@"
 }
-training=(--max_steps 400 --logging_steps 50 --eval_strategy no --save_steps 200)
+training=(--max_steps 500 --logging_steps 50 --eval_strategy no --save_steps 250)
 
 # base_model: full fine-tuning, LoRA, post-training quantization, LoRA trained at one width
 run full_fp32 base_model/train.sh "$work/model" "${training[@]}" --learning_rate 1e-3
@@ -57,12 +57,12 @@ run static_w4 base_model/train.sh "$work/model" "${training[@]}" --bit_widths 4
 
 # switch_precision: one model for 4 and 8 bits; which layers need 8 is measured on training questions
 joint="$work/runs/switch_train"
-run switch_train switch_precision/train.sh "$work/model" "${training[@]}" --bit_widths 4 8
+run switch_train switch_precision/train.sh "$work/model" "${training[@]}" --bit_widths 4 8 --max_steps 400
 on_training_questions=(--measure_split train --train_file "$TRAIN_FILE" --max_train_samples 300)
 run sensitivity switch_precision/sweep.sh "$joint" "${on_training_questions[@]}"
 done_already search || python switch_precision/search.py "${common[@]}" --model_name_or_path "$joint" \
     --validation_file "$VALIDATION_FILE" "${on_training_questions[@]}" \
-    --sensitivity_file "$work/records/sensitivity.json" --average_bits 6 --num_random 4 --pareto --pareto_points 4 \
+    --sensitivity_file "$work/records/sensitivity.json" --average_bits 6 --num_random 3 --pareto --pareto_points 4 \
     --output "$work/runs/found_6bits.json" --output_dir "$work/runs/search" --record_file "$work/records/search.json"
 run switch_eval switch_precision/eval.sh "$joint" \
     --bit_configs 8 quickstart/hybrid_4blocks.json "$work/runs/found_6bits.json" W4A8KV8 4
