@@ -1,0 +1,79 @@
+"""The quick start's generator, tiny model and report; the README's table against the committed records."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoTokenizer, GPT2LMHeadModel
+
+from squad_data import load_squad_json
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results" / "quickstart"
+
+
+def run(script, *arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "quickstart" / script, *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart") / "data"
+    sizes = ("--train_paragraphs", 60, "--dev_paragraphs", 20, "--pretrain_documents", 300)
+    for name in ("data", "again"):
+        done = run("make_data.py", "--output_dir", folder.parent / name, *sizes)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_data_is_squad_with_several_gold_answers_and_the_same_every_time(data):
+    train, dev = load_squad_json(data / "train.json"), load_squad_json(data / "dev.json")
+    assert len(train) == 240 and len(dev) == 80
+    assert {len(row["answers"]["text"]) for row in train} == {1}
+    assert max(len(row["answers"]["text"]) for row in dev) > 1
+    for name in ("train.json", "dev.json", "pretrain.txt"):
+        assert (data / name).read_bytes() == (data.parent / "again" / name).read_bytes()
+
+
+def test_no_dev_paragraph_is_in_the_training_text(data):
+    seen = (data / "pretrain.txt").read_text() + (data / "train.json").read_text()
+    assert not any(row["context"] in seen for row in load_squad_json(data / "dev.json"))
+
+
+def test_tiny_model_is_stock_gpt2_and_made_once(data):
+    folder = data.parent / "model"
+    arguments = ("--data_dir", data, "--output_dir", folder, "--max_steps", 2, "--n_embd", 64, "--n_layer", 1)
+    first = run("make_model.py", *arguments)
+    assert first.returncode == 0, first.stderr
+    model, tokenizer = GPT2LMHeadModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.config.model_type == "gpt2" and len(tokenizer) == model.config.vocab_size
+    assert "up to date" in run("make_model.py", *arguments).stdout
+
+
+def test_model_without_data_is_one_clear_error(tmp_path):
+    done = run("make_model.py", "--data_dir", tmp_path, "--output_dir", tmp_path / "model")
+    assert done.returncode == 2 and "run make_data.py" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_readme_table_and_plot_come_from_the_records(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text((ROOT / "README.md").read_text())
+    done = run("report.py", "--records", RESULTS, "--output_dir", tmp_path, "--readme", readme)
+    assert done.returncode == 0, done.stderr
+    assert readme.read_text() == (ROOT / "README.md").read_text(), "run quickstart/report.py --readme README.md"
+    assert (tmp_path / "quickstart.png").stat().st_size > 10_000
+
+
+def test_report_without_records_is_one_clear_error(tmp_path):
+    done = run("report.py", "--records", tmp_path, "--output_dir", tmp_path)
+    assert done.returncode == 1 and "run bash quickstart/run.sh first" in done.stderr
+
+
+def test_records_carry_no_absolute_path():
+    for path in RESULTS.glob("*.json"):
+        words = [word for word in json.dumps(json.loads(path.read_text())).split('"') if word.startswith("/")]
+        assert not words, (path.name, words[:3])
