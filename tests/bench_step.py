@@ -134,7 +134,9 @@ def main():
         print(f"{name:<32}{rows[name]['seconds']:>9.3f}{rows[name]['ratio']:>8.3f}   {spread}")
     if args.output:
         with open(args.output, "w", encoding="utf-8") as file:
-            json.dump({"args": vars(args) | {"output": None}, "torch": torch.__version__, "variants": rows}, file, indent=1)
+            json.dump(
+                {"args": vars(args) | {"output": None}, "torch": torch.__version__, "variants": rows}, file, indent=1
+            )
 
 
 if __name__ == "__main__":
