@@ -14,7 +14,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 NOTICE = "Tiny stand-in (made-up text, tiny GPT-2): shows that the code works, says nothing about GPT-2 on SQuAD."
-BEGIN, END = "<!-- quickstart table: begin -->", "<!-- quickstart table: end -->"
 ROWS = {
     "full_fp32": ("full fine-tuning, float32", "32"),
     "lora_fp32": ("LoRA, float32", "32"),
@@ -78,11 +77,12 @@ def plot(rows, path):
     figure.savefig(path, dpi=150)
 
 
-def write_into(readme, text):
-    """Replace what stands between the two markers of the README."""
-    before, rest = readme.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    readme.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+def write_into(readme, text, name):
+    """Replace what stands between the two markers `name` of the README."""
+    begin, end = f"<!-- {name} table: begin -->", f"<!-- {name} table: end -->"
+    before, rest = readme.read_text().split(begin)
+    _, after = rest.split(end)
+    readme.write_text(f"{before}{begin}\n{text}{end}{after}")
 
 
 def main():
@@ -98,7 +98,7 @@ def main():
     (args.output_dir / "quickstart.md").write_text(text)
     plot(rows, args.output_dir / "quickstart.png")
     if args.readme:
-        write_into(args.readme, text)
+        write_into(args.readme, text, "quickstart")
     print(f"\n{text}\nplot: {args.output_dir / 'quickstart.png'}")
 
 

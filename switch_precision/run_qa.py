@@ -101,7 +101,7 @@ class ObjectiveArguments:
     teacher: bool = option(False, "a full-precision pass with its own adapter goes first and teaches the others")
     distill_loss: str = option("kl", "distillation from the higher passes: kl, mse (raw logits, InstantNet) or none")
     distill_weight: float = option(
-        1.0, "weight of each higher pass beside cross-entropy; sequential: w gives (CE + w KL) / (1 + w)"
+        0.25, "weight of each higher pass beside cross-entropy; sequential: w gives (CE + w KL) / (1 + w), published 1"
     )
     distill_temperature: float = option(2.0, "temperature of --distill_loss kl, whose gradient scale is kept by T^2")
 

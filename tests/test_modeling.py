@@ -329,6 +329,15 @@ def test_shared_adapter_serves_every_width(model):
         assert {layer.adapter for layer in model.quant_layers().values()} == {"shared"}
 
 
+def test_adapters_of_a_bank_start_equal_and_are_separate(model):
+    model.add_lora([4, 8])
+    layer = model.get_submodule(C_FC)
+    assert torch.equal(layer.lora_A["4"].weight, layer.lora_A["8"].weight) and layer.lora_A["4"].weight.std() > 0
+    with torch.no_grad():
+        layer.lora_A["4"].weight.zero_()
+    assert layer.lora_A["8"].weight.any()
+
+
 def test_bits_without_adapter_are_refused_and_nothing_changes(model):
     model.add_lora([4, 8])
     before = model.set_bit_config(8)

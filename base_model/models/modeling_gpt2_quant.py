@@ -63,11 +63,17 @@ class QuantLinear(nn.Module):
         return layer
 
     def add_lora(self, keys, r, alpha):
-        """One adapter per key: A (r, in) as in peft, B (out, r) = 0, so that a new adapter changes nothing."""
+        """One adapter per key: A (r, in) as in peft, B (out, r) = 0, so that a new adapter changes nothing.
+
+        All keys start from the same A: trained together they stay near each other, which a shared head and mixed
+        assignments profit from.
+        """
+        start = torch.empty(r, self.weight.shape[1])
+        nn.init.kaiming_uniform_(start, a=math.sqrt(5))
         for key in keys:
             self.lora_A[key] = nn.Linear(self.weight.shape[1], r, bias=False)
             self.lora_B[key] = nn.Linear(r, self.weight.shape[0], bias=False)
-            nn.init.kaiming_uniform_(self.lora_A[key].weight, a=math.sqrt(5))
+            self.lora_A[key].weight.data.copy_(start)
             nn.init.zeros_(self.lora_B[key].weight)
         self.lora_scaling = alpha / r
 

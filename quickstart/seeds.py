@@ -1,0 +1,101 @@
+"""Table and summary over seeds of the records that seeds.sh made.
+
+python quickstart/seeds.py --records quickstart/work/seeds --seeds 42 43 44 --output quickstart/work/seeds.json
+python quickstart/seeds.py --summary results/quickstart_seeds.json --readme README.md
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from report import NOTICE, write_into
+
+BITS = ("W8A8KV8", "W4A4KV4")
+METHODS = {
+    "joint": "joint, with a mixed assignment a step",
+    "uniform": "joint, uniform widths only",
+    "sequential_steps": "sequential, equal steps",
+    "sequential_passes": "sequential, equal passes",
+    "ptq": "LoRA in float32, quantized afterwards",
+}
+
+
+def load(path):
+    if not path.exists():
+        raise SystemExit(f"error: {path} is not there: let quickstart/seeds.sh finish, and pass the seeds that it ran")
+    return json.loads(path.read_text())
+
+
+def spread(values):
+    return {"mean": statistics.mean(values), "min": min(values), "max": max(values), "values": values}
+
+
+def summarize(folder, seeds):
+    """The summary: EM of every method at both widths, and each search against its random assignments."""
+    rows, sources = {}, {}
+    for method in METHODS:
+        scores = {bits: [] for bits in BITS}
+        for seed in seeds:
+            trained = f"lora_{seed}" if method == "ptq" else f"{method}_{seed}"
+            training = load(folder / f"{trained}.json")
+            for bits in BITS:
+                name, key = trained, f"eval_exact_match_{bits}"
+                if method == "ptq":
+                    name, key = f"ptq_{bits}_{seed}", "eval_exact_match"
+                record = load(folder / f"{name}.json")
+                scores[bits].append(record["metrics"][key])
+                sources[name] = {"command": record["command"], "git": record["git"], "metrics": record["metrics"]}
+        steps = training["steps"]
+        rows[method] = {"steps": steps, "passes": training.get("passes", steps)}  # base_model: one pass a step
+        rows[method] |= {bits: spread(values) for bits, values in scores.items()}
+    searches = {}
+    for seed in seeds:
+        record = load(folder / f"search_{seed}.json")
+        found = next(row for row in record["rows"] if row["config"] == "found")
+        searches[seed] = {
+            "average_w_bits": found["average_w_bits"],
+            "found": found["exact_match"],
+            **record["search"]["found"]["random"],
+        }
+        sources[f"search_{seed}"] = {"command": record["command"], "git": record["git"]}
+    return {"notice": NOTICE, "seeds": seeds, "methods": rows, "searches": searches, "records": sources}
+
+
+def table(summary):
+    """Markdown of a summary."""
+    lines = [f"| {len(summary['seeds'])} seeds | steps | passes | EM at 8 bits | EM at 4 bits |"]
+    lines += ["|---|---|---|---|---|"]
+    for method, label in METHODS.items():
+        row = summary["methods"][method]
+        cells = " | ".join(f"{row[b]['mean']:.1f} ({row[b]['min']:.1f} - {row[b]['max']:.1f})" for b in BITS)
+        lines.append(f"| {label} | {row['steps']} | {row['passes']} | {cells} |")
+    lines += ["", "| seed | average bits | found, EM | random of that budget, mean EM (s.d.) | random better |"]
+    lines += ["|---|---|---|---|---|"]
+    for seed, row in summary["searches"].items():
+        random = f"{row['mean_exact_match']:.1f} ({row['std_exact_match']:.1f})"
+        better = f"{row['better_than_found']} of {row['number']}"
+        lines.append(f"| {seed} | {row['average_w_bits']:.2f} | {row['found']:.1f} | {random} | {better} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--records", type=Path, help="folder of the records of seeds.sh")
+    source.add_argument("--summary", type=Path, help="a summary made earlier")
+    parser.add_argument("--seeds", nargs="+", default=["42", "43", "44"], help="with --records: the seeds that it ran")
+    parser.add_argument("--output", type=Path, help="with --records: where the summary goes")
+    parser.add_argument("--readme", type=Path, help="put the table into this file, between its markers")
+    args = parser.parse_args()
+    summary = summarize(args.records, args.seeds) if args.records else load(args.summary)
+    if args.output:
+        args.output.write_text(json.dumps(summary, indent=1) + "\n")
+    text = f"{summary['notice']}\n\n{table(summary)}\n"
+    if args.readme:
+        write_into(args.readme, text, "seeds")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
