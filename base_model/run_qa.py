@@ -69,6 +69,12 @@ class ModelArguments:
         'per-layer bits: JSON file (configs/README.md) or "W4A8KV8"; training: static, with LoRA; evaluation: PTQ',
         aliases=["--sp_config_path"],
     )
+    execution: str | None = option(
+        None,
+        "how layers with W and A of at most 8 bits compute: integer (int8 products) or fake (quantized values in "
+        "float); default: fake in training, integer in evaluation",
+    )
+    backward_dtype: str = option("fp32", "backward products with frozen quantized weights: fp32 or bf16")
     bitsandbytes: str | None = option(
         None, "evaluate with the linears quantized by bitsandbytes: 8bit or nf4 (weight-only)", aliases=["--bnb"]
     )
@@ -221,6 +227,7 @@ def build_model(model_args, training, tokenizer):
         model.add_lora(["shared"], model_args.lora_r, model_args.lora_alpha)
     if model.config.lora_bank and not model.config.base_model_name_or_path:
         model.set_base(model_args.model_name_or_path)
+    model.set_execution(model_args.execution or ("fake" if training else "integer"), model_args.backward_dtype)
     return model
 
 

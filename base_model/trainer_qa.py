@@ -28,14 +28,22 @@ class QuestionAnsweringTrainer(Trainer):
         eval_examples: rows with id, context and answers that belong to `eval_dataset` (the features).
         compute_metrics: maps EvalPrediction({id: text}, {id: [gold text, ...]}) to {"exact_match", "f1"}.
         n_best_size, max_answer_length: see `postprocess_qa_predictions`.
+        configs: [(name, config)] that `evaluate` scores; without any, the model as it is.
     """
 
     loss_is_scaled_for_ga = False  # the model returns the mean of its batch
 
-    def __init__(self, *args, eval_examples=None, n_best_size=20, max_answer_length=30, **kwargs):
+    def __init__(self, *args, eval_examples=None, n_best_size=20, max_answer_length=30, configs=(), **kwargs):
         super().__init__(*args, **kwargs)
-        self.eval_examples = eval_examples
+        self.eval_examples, self.configs = eval_examples, configs
         self.n_best_size, self.max_answer_length = n_best_size, max_answer_length
+
+    def _run_epoch(self, *args, **kwargs):
+        """Trainer resumes from its very last checkpoint with one step too many; here it ends at once."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -53,13 +61,25 @@ class QuestionAnsweringTrainer(Trainer):
             )
 
     def evaluate(self, eval_dataset=None, eval_examples=None, ignore_keys=None, metric_key_prefix="eval"):
-        """EM/F1 of `eval_dataset` (features) on every rank; rank 0 writes `<prefix>_predictions.json` and n-best."""
+        """EM/F1 of `eval_dataset` (features) on every rank; rank 0 writes `<prefix>_predictions.json` and n-best.
+
+        With configs: EM/F1 of each (`eval_f1_W8A8KV8`) and their means (`eval_f1`); predictions in a file per config.
+        """
         features = self.eval_dataset if eval_dataset is None else eval_dataset
         examples = self.eval_examples if eval_examples is None else eval_examples
-        start = time.time()
-        predictions, output = self._predict_texts(features, examples, ignore_keys, metric_key_prefix)
-        metrics = self._score(predictions, examples, metric_key_prefix)
-        metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(examples))
+        start, scores = time.time(), {}
+
+        def score(prefix):
+            texts, _ = self._predict_texts(features, examples, ignore_keys, prefix)
+            return self._score(texts, examples, metric_key_prefix)
+
+        for name, config in self.configs:
+            with self.accelerator.unwrap_model(self.model).bit_config(config):
+                scores[name] = score(f"{metric_key_prefix}_{name}")
+        metrics = {f"{key}_{name}": value for name, found in scores.items() for key, value in found.items()}
+        passes = list(scores.values()) or [score(metric_key_prefix)]
+        metrics |= {key: sum(found[key] for found in passes) / len(passes) for key in passes[0]}
+        metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(examples) * len(passes))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

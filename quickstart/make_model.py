@@ -2,6 +2,11 @@
 
     python quickstart/make_model.py --data_dir quickstart/data --output_dir quickstart/model   # about 3 min on 2 cores
 
+    python quickstart/make_model.py --text_file train.jsonl --tokenizer path/to/gpt2 --output_dir small_gpt2
+
+The second form takes any text (rows with "text" as JSON lines, or documents separated by blank lines) and the
+vocabulary of an existing tokenizer: a stand-in for pretrained weights where there is no hub.
+
 The folder works as --model_name_or_path of every script. 4 blocks of width 128 with 4 heads, about 1 million weights.
 Two values differ from GPT-2's: no dropout (the text is seen once or twice), and initializer_range 0.08, since 0.02 is
 small for a width of 128 (1/sqrt(128) is 0.09) and learned more slowly.
@@ -38,6 +43,21 @@ def train_tokenizer(documents: list, vocab_size: int) -> GPT2TokenizerFast:
             unk_token=END,
             model_max_length=POSITIONS,
         )
+
+
+def read_documents(path: Path) -> list:
+    """Returns the documents of a text file (separated by blank lines) or of JSON lines (key "text").
+
+    Raises: ValueError naming file and line."""
+    if path.suffix != ".jsonl":
+        return path.read_text(encoding="utf-8").strip().split("\n\n")
+    documents = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            documents.append(json.loads(line)["text"])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(f'{path}, line {number}: want a JSON object with "text", found {line[:60]!r}') from None
+    return documents
 
 
 def make_batches(sequences: list, batch_size: int, steps: int, seed: int):
@@ -78,7 +98,10 @@ def pretrain(model: GPT2LMHeadModel, sequences: list, args: argparse.Namespace):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path, required=True, help="folder that make_data.py wrote")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data_dir", type=Path, help="folder that make_data.py wrote")
+    source.add_argument("--text_file", type=Path, help="other text: .jsonl rows with text, or blank lines between")
+    parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer to take (default: train one)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the model and its tokenizer")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: 0)")
     parser.add_argument("--n_layer", type=int, default=4, help="number of blocks (default: 4)")
@@ -89,25 +112,35 @@ def main():
     parser.add_argument("--batch_size", type=int, default=16, help="documents a step (default: 16)")
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="peak, cosine schedule (default: 2e-3)")
     args = parser.parse_args()
-    text_file, manifest_file = args.data_dir / "pretrain.txt", args.output_dir / "manifest.json"
+    text_file, manifest_file = args.text_file or args.data_dir / "pretrain.txt", args.output_dir / "manifest.json"
     if not text_file.is_file():
-        parser.error(f"{text_file} does not exist; run make_data.py --output_dir {args.data_dir} first")
+        cure = f"; run make_data.py --output_dir {args.data_dir} first" if args.data_dir else ""
+        parser.error(f"{text_file} does not exist{cure}")
+    if args.tokenizer and not args.tokenizer.is_dir():
+        parser.error(f"--tokenizer {args.tokenizer} is not a folder")
     if args.output_dir.exists() and not args.output_dir.is_dir():
         parser.error(f"--output_dir {args.output_dir} is a file, not a folder")
     if args.n_embd % args.n_head:
         parser.error(f"--n_embd {args.n_embd} is not a multiple of --n_head {args.n_head}")
 
     text = text_file.read_bytes()
-    manifest = {name: value for name, value in vars(args).items() if name not in ("data_dir", "output_dir")}
+    paths = ("data_dir", "output_dir", "text_file", "tokenizer")
+    manifest = {name: value for name, value in vars(args).items() if name not in paths}
     manifest["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     manifest["text_sha256"] = hashlib.sha256(text).hexdigest()
+    if args.tokenizer:
+        loaded = GPT2TokenizerFast.from_pretrained(args.tokenizer)
+        manifest["tokenizer_sha256"] = hashlib.sha256(loaded.backend_tokenizer.to_str().encode()).hexdigest()
     if manifest_file.is_file() and manifest_file.read_text() == json.dumps(manifest, indent=1):
         print(f"{args.output_dir} is up to date")
         return
 
     torch.manual_seed(args.seed)
-    documents = text.decode("utf-8").strip().split("\n\n")
-    tokenizer = train_tokenizer(documents[:8000], args.vocab_size)
+    try:
+        documents = read_documents(text_file)
+    except ValueError as error:
+        parser.error(str(error))
+    tokenizer = loaded if args.tokenizer else train_tokenizer(documents[:8000], args.vocab_size)
     end = tokenizer.eos_token_id
     sequences = [(ids + [end])[:POSITIONS] for ids in tokenizer(documents)["input_ids"]]
     config = GPT2Config(

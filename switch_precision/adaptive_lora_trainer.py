@@ -6,11 +6,9 @@ Sources: InstantNet (arXiv 2104.10853) Eq. 1 for cascade distillation; the publi
 """
 
 import random
-import time
 
 import torch
 import torch.nn.functional as F
-from transformers.trainer_utils import speed_metrics
 
 from models.bit_config import describe_bit_config, has_kv, short_name
 from trainer_qa import QuestionAnsweringTrainer
@@ -146,8 +144,8 @@ class AdaptiveLoRATrainer(QuestionAnsweringTrainer):
     """
 
     def __init__(self, *args, configs, sampler, sequential=False, distance=None, distill_weight=1.0, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.configs, self.sampler, self.sequential = configs, sampler, sequential
+        super().__init__(*args, configs=configs, **kwargs)
+        self.sampler, self.sequential = sampler, sequential
         self.distance, self.distill_weight = distance, distill_weight
         self._logged = {}  # {config name: losses since the last log}
 
@@ -243,20 +241,3 @@ class AdaptiveLoRATrainer(QuestionAnsweringTrainer):
             logs |= {f"loss_{name}": mean for name, mean in zip(self._logged, means, strict=True)}
             self._logged = {}
         super().log(logs, start_time)
-
-    def evaluate(self, eval_dataset=None, eval_examples=None, ignore_keys=None, metric_key_prefix="eval"):
-        """EM/F1 of every config (`eval_f1_W8A8KV8`) and their means (`eval_f1`); predictions in a file per config."""
-        features = self.eval_dataset if eval_dataset is None else eval_dataset
-        examples = self.eval_examples if eval_examples is None else eval_examples
-        start, scores = time.time(), {}
-        for name, config in self.configs:
-            with self.accelerator.unwrap_model(self.model).bit_config(config):
-                texts, _ = self._predict_texts(features, examples, ignore_keys, f"{metric_key_prefix}_{name}")
-            scores[name] = self._score(texts, examples, metric_key_prefix)
-        metrics = {f"{key}_{name}": value for name, found in scores.items() for key, value in found.items()}
-        for key in scores[self.configs[0][0]]:
-            metrics[key] = sum(found[key] for found in scores.values()) / len(scores)
-        metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(examples) * len(scores))
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics

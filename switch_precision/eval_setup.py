@@ -1,4 +1,4 @@
-"""What run_qa_eval.py, sensitivity.py and search.py share: the flags of a checkpoint, loading it, reading configs."""
+"""What the scripts beside run_qa.py share: the flags of a checkpoint, loading it, reading configs."""
 
 import dataclasses
 import hashlib
@@ -20,14 +20,19 @@ class CheckpointArguments:
     model_revision: str = option("main", "branch, tag or commit on the hub")
     token: str | None = option(None, "hub token (default: the one of `hf auth login`)")
     attn_implementation: str | None = option(None, "eager, sdpa or another attention of transformers")
+    execution: str = option(
+        "integer",
+        "how layers with W and A of at most 8 bits compute: integer (int8 products) or fake (quantized values in "
+        "float); codes are the same, sums agree to float rounding",
+    )
 
 
-def load_model(model_args, tokenizer):
+def load_model(model_args, tokenizer, model_class=QuantGPT2ForQuestionAnswering):
     """The checkpoint, complete with its adapters."""
     options = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
     if model_args.attn_implementation:
         options["attn_implementation"] = model_args.attn_implementation
-    model = QuantGPT2ForQuestionAnswering.from_pretrained(
+    model = model_class.from_pretrained(
         model_args.model_name_or_path, base_model_name_or_path=model_args.base_model_name_or_path, **options
     )
     if len(tokenizer) > model.config.vocab_size:
@@ -35,21 +40,29 @@ def load_model(model_args, tokenizer):
             f"the tokenizer has {len(tokenizer)} tokens, the embedding of {model_args.model_name_or_path} "
             f"{model.config.vocab_size}: they do not belong together (--tokenizer_name)"
         )
+    model.set_execution(model_args.execution or "integer")
     return model
 
 
 def model_checksum(model):
-    """sha256 over names and float32 bytes of all weights: base, adapters and head."""
+    """sha256 over names and float32 bytes of all weights: base (or its exported codes), adapters and head."""
+    tensors = model.state_dict()
+    for name, layer in model.quant_layers().items() if model.config.exported_widths else ():
+        for bits, (codes, scale) in layer.stored_codes().items():
+            tensors |= {f"{name}.codes.{bits}": codes, f"{name}.scale.{bits}": scale}
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(value.detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()
 
 
-def bank_widths(model):
-    """Widths of the LoRA bank, highest first; none for a shared adapter or no adapter."""
-    return sorted((int(key) for key in model.config.lora_bank or () if key != "shared"), reverse=True)
+def trained_configs(model):
+    """What the checkpoint serves, highest first: what the training or the export left in its config, else the widths
+    of its bank, else what it was saved with.
+    """
+    widths = sorted((int(key) for key in model.config.lora_bank or () if key != "shared"), reverse=True)
+    return model.config.trained_bit_configs or [str(bits) for bits in widths] or ["checkpoint"]
 
 
 def resolve_configs(model, texts):

@@ -84,6 +84,12 @@ class ModelArguments:
         'train and evaluate these configs instead: JSON files (configs/README.md) or "W4A8KV8"; adapters for their '
         "w_bits",
     )
+    execution: str | None = option(
+        None,
+        "how layers with W and A of at most 8 bits compute: integer (int8 products) or fake (quantized values in "
+        "float); default: fake in training, integer in evaluation",
+    )
+    backward_dtype: str = option("fp32", "backward products with frozen quantized weights: fp32 or bf16")
 
 
 @dataclasses.dataclass
@@ -100,8 +106,10 @@ class ObjectiveArguments:
     curriculum: float = option(0.0, "lower widths join one after the other over this fraction of the steps")
     teacher: bool = option(False, "a full-precision pass with its own adapter goes first and teaches the others")
     distill_loss: str = option("kl", "distillation from the higher passes: kl, mse (raw logits, InstantNet) or none")
-    distill_weight: float = option(
-        0.25, "weight of each higher pass beside cross-entropy; sequential: w gives (CE + w KL) / (1 + w), published 1"
+    distill_weight: float | None = option(
+        None,
+        "weight of each higher pass beside cross-entropy (default 0.25); sequential: w gives (CE + w KL) / (1 + w) "
+        "(default 1, as published)",
     )
     distill_temperature: float = option(2.0, "temperature of --distill_loss kl, whose gradient scale is kept by T^2")
 
@@ -173,6 +181,8 @@ def check_args(model_args, objective_args, training_args):
     }.items():
         if getattr(objective_args, flag) not in allowed:
             raise ValueError(f"--{flag} {getattr(objective_args, flag)}: allowed are {', '.join(allowed)}")
+    if objective_args.distill_weight is None:
+        objective_args.distill_weight = 1.0 if objective_args.objective == "sequential" else 0.25
     for flag in ("num_mixed_configs", "sample_widths", "distill_weight"):
         if getattr(objective_args, flag) < 0:
             raise ValueError(f"--{flag} {getattr(objective_args, flag)}: must not be negative")
@@ -298,6 +308,7 @@ def build_model(model_args, objective_args, training, tokenizer):
         model.set_bit_config(config)  # refuses what the bank of a checkpoint has no adapter for
     if model.config.lora_bank and not model.config.base_model_name_or_path:
         model.set_base(model_args.model_name_or_path)
+    model.set_execution(model_args.execution or ("fake" if training else "integer"), model_args.backward_dtype)
     return model, targets
 
 

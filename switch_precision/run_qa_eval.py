@@ -4,7 +4,7 @@
     bash eval.sh --bit_configs 8 4 W4A8KV8 ../configs/hybrid_25pct_4bit.json
     python run_qa_eval.py --model_name_or_path results/train --dataset_name squad --output_dir results/eval
 
-Without --bit_configs: every uniform width of the checkpoint's LoRA bank, highest first. In --output_dir: table.md,
+Without --bit_configs: every width that the checkpoint was trained for, highest first. In --output_dir: table.md,
 record.json (the run with all rows), and a folder per config with its record and predictions, written as it finishes.
 The same command given again evaluates only what is missing.
 """
@@ -23,11 +23,11 @@ from transformers import TrainingArguments, set_seed
 
 from eval_setup import (
     CheckpointArguments,
-    bank_widths,
     data_identity,
     load_model,
     model_checksum,
     resolve_configs,
+    trained_configs,
     write_text_atomic,
 )
 from eval_stats import compare, markdown_table, with_interval
@@ -58,7 +58,7 @@ class EvalArguments(CheckpointArguments):
     bit_configs: list[str] | None = option(
         None,
         'JSON files (configs/README.md), short forms as W4A8KV8, or uniform widths as 8; "checkpoint": as saved',
-        aliases=["--sp_config_path", "--eval_bit_width"],
+        aliases=["--eval_bit_widths", "--eval_bit_width", "--sp_config_path"],
     )
     reference_config: str | None = option(None, "config that the drops are against (default: the first)")
     num_bootstrap: int = option(1000, "resamples of the 95 % intervals over questions (0: no intervals)")
@@ -92,6 +92,7 @@ class Evaluator:
             "model_sha256": model_checksum(model),
             "data": data_identity(self.sources),
             "dtype": self.dtype,
+            "execution": model_args.execution,
             **{name: getattr(data_args, name) for name in names},
         }
         self.trainer = QuestionAnsweringTrainer(
@@ -220,7 +221,7 @@ def main():
     set_seed(training_args.seed)
     tokenizer = load_tokenizer(model_args)
     model = load_model(model_args, tokenizer)
-    asked = model_args.bit_configs or [str(bits) for bits in bank_widths(model)] or ["checkpoint"]
+    asked = model_args.bit_configs or trained_configs(model)
     first = model_args.reference_config or asked[0]
     configs = resolve_configs(model, [first, *asked])
     reference = next(iter(configs))

@@ -202,6 +202,7 @@ def main():
         "features": [data_args.max_seq_length, data_args.doc_stride, data_args.question_separator],
         "max_answer_length": data_args.max_answer_length,
         "dtype": "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32",
+        "execution": model_args.execution,
     }
     state = open_state(os.path.join(training_args.output_dir, "state"), identity, data_args.overwrite_output_dir)
     forward = ReusedForward(model, autocast_of(training_args))

@@ -1,4 +1,4 @@
-"""Cost of one training step: stock float32 GPT-2 + LoRA against static W8A8KV8 + LoRA, in float32 and with --bf16.
+"""Cost of one training step: stock float32 GPT-2 + LoRA against static W8A8KV8 + LoRA: fake and integer, also in bf16.
 
     python tests/bench_step.py                 # GPT-2 124M size, random weights, batch 4 x 384; about 3 minutes
     python tests/bench_step.py --joint         # one width against widths 8 and 4 with cascade distillation
@@ -77,17 +77,23 @@ def main():
         w8, w84 = quantized_with_lora(config, 8), quantized_with_lora(config, 4, 8)
         models = (w8, w84)
         variants = {
-            "W8A8KV8 + LoRA": (w8, (8,), False),
-            "joint W8, W4 + LoRA": (w84, (8, 4), False),
-            "W8A8KV8 + LoRA, --bf16": (w8, (8,), True),
-            "joint W8, W4 + LoRA, --bf16": (w84, (8, 4), True),
+            "W8A8KV8 + LoRA": (w8, (8,), False, ("fake",)),
+            "joint W8, W4 + LoRA": (w84, (8, 4), False, ("fake",)),
+            "W8A8KV8 + LoRA, --bf16": (w8, (8,), True, ("fake",)),
+            "joint W8, W4 + LoRA, --bf16": (w84, (8, 4), True, ("fake",)),
+            "joint, integer": (w84, (8, 4), False, ("integer",)),
+            "joint, integer, bf16 backward": (w84, (8, 4), False, ("integer", "bf16")),
+            "joint, integer, --bf16": (w84, (8, 4), True, ("integer",)),
         }
     else:
         w8, stock = models = quantized_with_lora(config, 8), stock_with_lora(config)
         variants = {
-            "float32 + LoRA (stock GPT-2)": (stock, (None,), False),
-            "W8A8KV8 + LoRA": (w8, (8,), False),
-            "W8A8KV8 + LoRA, --bf16": (w8, (8,), True),
+            "float32 + LoRA (stock GPT-2)": (stock, (None,), False, None),
+            "W8A8KV8 + LoRA": (w8, (8,), False, ("fake",)),
+            "W8A8KV8 + LoRA, --bf16": (w8, (8,), True, ("fake",)),
+            "W8A8KV8 + LoRA, integer": (w8, (8,), False, ("integer",)),
+            "W8A8KV8 + LoRA, integer, bf16 backward": (w8, (8,), False, ("integer", "bf16")),
+            "W8A8KV8 + LoRA, integer, --bf16": (w8, (8,), True, ("integer",)),
         }
     ids = torch.randint(0, config.vocab_size, (args.batch_size, args.length), device=args.device)
     labels = torch.randint(0, args.length, (2, args.batch_size), device=args.device)
@@ -104,7 +110,9 @@ def main():
             output = model(input_ids=ids)
         return torch.stack([output.start_logits, output.end_logits])
 
-    def step(model, widths, bf16):
+    def step(model, widths, bf16, execution):
+        if execution:
+            model.set_execution(*execution)
         if args.device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -126,12 +134,12 @@ def main():
             seconds[name].append(step(*variant))
     reference = next(iter(seconds.values()))[1:]
     rows = {}
-    print(f"{'variant':<32}{'seconds':>9}{'ratio':>8}   (min - max)")
+    print(f"{'variant':<40}{'seconds':>9}{'ratio':>8}   (min - max)")
     for name, taken in seconds.items():
         ratios = [a / b for a, b in zip(taken[1:], reference, strict=True)]
         rows[name] = {"seconds": statistics.median(taken[1:]), "ratio": statistics.median(ratios), "ratios": ratios}
         spread = f"({min(ratios):.2f} - {max(ratios):.2f})"
-        print(f"{name:<32}{rows[name]['seconds']:>9.3f}{rows[name]['ratio']:>8.3f}   {spread}")
+        print(f"{name:<40}{rows[name]['seconds']:>9.3f}{rows[name]['ratio']:>8.3f}   {spread}")
     if args.output:
         with open(args.output, "w", encoding="utf-8") as file:
             json.dump(

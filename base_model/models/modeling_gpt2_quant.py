@@ -30,9 +30,17 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from .bit_config import has_kv, resolve_bit_config
-from .quantization import FLOAT_BITS, fake_quantize, fake_quantize_kv_, frozen_linear, quantize
-
-WEIGHTS_NAME = "model.safetensors"
+from .exported import WEIGHTS_NAME, take_codes
+from .integer import PACKED_BITS, ROWS, integer_linear, is_supported, pack_int4, unpack_int4
+from .quantization import (
+    FLOAT_BITS,
+    QUANTIZED_BITS,
+    check_bits,
+    fake_quantize,
+    fake_quantize_kv_,
+    frozen_linear,
+    quantize,
+)
 
 
 class QuantLinear(nn.Module):
@@ -40,10 +48,12 @@ class QuantLinear(nn.Module):
 
     `w_bits`, `a_bits`, `kv_bits` are state of the module, set by `set_bit_config`. The adapter reads the unquantized x
     (QLoRA's order); `w_bits` selects it. K and V are the last two thirds of `attn.c_attn`'s output.
+    `execution`, `backward_dtype`, `compiled`: see `set_execution` of the model.
     """
 
     def __init__(self, in_features, out_features, with_kv=False):
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features))
         nn.init.normal_(self.weight, std=0.02)
@@ -51,7 +61,8 @@ class QuantLinear(nn.Module):
         self.w_bits, self.a_bits, self.kv_bits = 32, 32, 32 if with_kv else None
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()  # peft's names; keys "4", "8", ... or "shared"
         self.lora_scaling = 0.0
-        self._quantized, self._quantized_from = {}, None
+        self.execution, self.backward_dtype, self.compiled = "fake", None, False
+        self._quantized, self._quantized_from = {}, None  # {w_bits: (codes, packed up to 4 bits; scale)}
 
     @classmethod
     def from_conv1d(cls, conv, with_kv=False):
@@ -68,11 +79,11 @@ class QuantLinear(nn.Module):
         All keys start from the same A: trained together they stay near each other, which a shared head and mixed
         assignments profit from.
         """
-        start = torch.empty(r, self.weight.shape[1])
+        start = torch.empty(r, self.in_features)
         nn.init.kaiming_uniform_(start, a=math.sqrt(5))
         for key in keys:
-            self.lora_A[key] = nn.Linear(self.weight.shape[1], r, bias=False)
-            self.lora_B[key] = nn.Linear(r, self.weight.shape[0], bias=False)
+            self.lora_A[key] = nn.Linear(self.in_features, r, bias=False)
+            self.lora_B[key] = nn.Linear(r, self.out_features, bias=False)
             self.lora_A[key].weight.data.copy_(start)
             nn.init.zeros_(self.lora_B[key].weight)
         self.lora_scaling = alpha / r
@@ -84,23 +95,58 @@ class QuantLinear(nn.Module):
             return None
         return "shared" if "shared" in self.lora_A else str(self.w_bits)
 
+    # ---- codes of the weight
+
     def quantized_weight(self):
         """(codes, scale) of the weight at `w_bits`, made once per width and kept until the weight changes.
 
         A change is seen by torch's version counter; in-place writes through `weight.data` bypass it and need
-        `clear_quantized()`.
+        `clear_quantized()`. Kept are the stored codes; returned are plain int8 codes (out, in).
         """
-        state = (id(self.weight), self.weight.data_ptr(), self.weight._version)
-        if state != self._quantized_from:
-            self._quantized, self._quantized_from = {}, state
-        if self.w_bits not in self._quantized:
-            self._quantized[self.w_bits] = quantize(self.weight, self.w_bits)
-        return self._quantized[self.w_bits]
+        codes, scale = self._stored(self.w_bits)
+        return (codes if codes.dtype == torch.int8 else unpack_int4(codes, self.in_features)), scale
+
+    def _stored(self, w_bits):
+        if self.weight is not None:
+            state = (id(self.weight), self.weight.data_ptr(), self.weight._version)
+            if state != self._quantized_from:
+                self._quantized, self._quantized_from = {}, state
+        if w_bits not in self._quantized:
+            if self.weight is None:
+                raise ValueError(f"w_bits = {w_bits}: only codes of {sorted(self._quantized)} bits are kept")
+            codes, scale = quantize(self.weight, w_bits)
+            self._quantized[w_bits] = (pack_int4(codes) if w_bits <= PACKED_BITS else codes), scale
+        return self._quantized[w_bits]
+
+    def stored_codes(self, widths=None):
+        """{width: (codes, scale)} of these widths, or of those made so far.
+
+        codes: (out, in) int8, up to 4 bits packed (out, ceil(in / 2)) uint8; scale: (out, 1) float32.
+        """
+        return {w_bits: self._stored(w_bits) for w_bits in (self._quantized if widths is None else widths)}
+
+    def set_stored_codes(self, stored):
+        """Take the codes of `stored_codes` in place of the float weight, which is dropped: for evaluation only."""
+        for w_bits, (codes, scale) in stored.items():
+            check_bits(w_bits, QUANTIZED_BITS)
+            packed = w_bits <= PACKED_BITS
+            columns = (self.in_features + 1) // 2 if packed else self.in_features
+            expected = ((self.out_features, columns), torch.uint8 if packed else torch.int8)
+            if (tuple(codes.shape), codes.dtype) != expected or tuple(scale.shape) != (self.out_features, 1):
+                raise ValueError(
+                    f"codes at {w_bits} bits are {codes.dtype} {tuple(codes.shape)} with scale {tuple(scale.shape)}: "
+                    f"this layer takes {expected[1]} {expected[0]} with scale {(self.out_features, 1)}"
+                )
+        self.weight = None
+        self._quantized, self._quantized_from = dict(stored), None
 
     def clear_quantized(self):
-        self._quantized, self._quantized_from = {}, None
+        if self.weight is not None:
+            self._quantized, self._quantized_from = {}, None
 
     def _apply(self, fn, *args, **kwargs):
+        if self.weight is None:  # move the codes; .half() and the like leave the scales float32
+            self._quantized = {w_bits: (fn(c), s.to(fn(c).device)) for w_bits, (c, s) in self._quantized.items()}
         self.clear_quantized()  # .to(), .half(), .cuda() replace the storage of the weight
         return super()._apply(fn, *args, **kwargs)
 
@@ -108,33 +154,83 @@ class QuantLinear(nn.Module):
         self.clear_quantized()
         return super()._load_from_state_dict(*args, **kwargs)
 
+    # ---- forward
+
+    def _on_integers(self, x):
+        return (
+            self.execution == "integer"
+            and self.w_bits not in FLOAT_BITS
+            and self.a_bits not in FLOAT_BITS
+            and is_supported(x.device, self.in_features, self.out_features)
+        )
+
     def forward(self, x):
         """x: (..., in) -> (..., out)."""
-        shape = (*x.shape[:-1], self.weight.shape[0])
-        x = x.reshape(-1, x.shape[-1])  # (tokens, in)
+        shape = (*x.shape[:-1], self.out_features)
+        x = x.reshape(-1, self.in_features)  # (tokens, in)
+        key = self.adapter
+        if torch.is_grad_enabled() or not self._on_integers(x):
+            y = self._product(x)
+            if key is not None:
+                low_rank = F.linear(x, self.lora_A[key].weight)  # (tokens, r)
+                # In place: y is fresh, and nothing needs its old value for the backward pass.
+                y.addmm_(low_rank.to(y.dtype), self.lora_B[key].weight.t().to(y.dtype), alpha=self.lora_scaling)
+            return fake_quantize_kv_(y, self.kv_bits).view(shape)
+        lora = None if key is None else (self.lora_A[key].weight, self.lora_B[key].weight, self.lora_scaling)
+        weight = self.quantized_weight()
+        return integer_linear(x, *weight, self.bias, self.a_bits, lora, self.kv_bits, self.compiled).view(shape)
+
+    def _product(self, x):
+        """Q(x) Q(W)^T + b with its gradients."""
         if self.w_bits in FLOAT_BITS:
-            y = F.linear(fake_quantize(x, self.a_bits), self.weight, self.bias)
-        elif self.weight.requires_grad and torch.is_grad_enabled():
-            y = F.linear(fake_quantize(x, self.a_bits), fake_quantize(self.weight, self.w_bits), self.bias)
-        else:
-            y = frozen_linear(x, *self.quantized_weight(), self.bias, self.a_bits)
-        if (key := self.adapter) is not None:
-            low_rank = F.linear(x, self.lora_A[key].weight)  # (tokens, r)
-            # In place: y is fresh, and nothing needs its old value for the backward pass.
-            y.addmm_(low_rank.to(y.dtype), self.lora_B[key].weight.t().to(y.dtype), alpha=self.lora_scaling)
-        return fake_quantize_kv_(y, self.kv_bits).view(shape)
+            if self.weight is None:
+                self._stored(self.w_bits)  # raises
+            return F.linear(fake_quantize(x, self.a_bits), self.weight, self.bias)
+        if self.weight is not None and self.weight.requires_grad and torch.is_grad_enabled():
+            return F.linear(fake_quantize(x, self.a_bits), fake_quantize(self.weight, self.w_bits), self.bias)
+        product = integer_linear if self._on_integers(x) else None
+        return frozen_linear(x, *self.quantized_weight(), self.bias, self.a_bits, product, self.backward_dtype)
 
     def extra_repr(self):
-        out_features, in_features = self.weight.shape
         bits = f"w_bits={self.w_bits}, a_bits={self.a_bits}" + (f", kv_bits={self.kv_bits}" if self.kv_bits else "")
-        return f"in_features={in_features}, out_features={out_features}, {bits}, lora={list(self.lora_A)}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {bits}, lora={list(self.lora_A)}"
+
+
+class TanhGELU(nn.Module):
+    """GPT-2's gelu_new: 0.5 x (1 + tanh(u)) with u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+
+    def forward(self, x):
+        if torch.is_grad_enabled() or x.is_cuda or x.dtype != torch.float32:
+            return F.gelu(x, approximate="tanh")
+        # The same as x sigmoid(2 u); on a CPU sigmoid costs a tenth of tanh.
+        double_slope = 2 * math.sqrt(2 / math.pi)
+        return (x * x).mul_(double_slope * 0.044715).add_(double_slope).mul_(x).sigmoid_().mul_(x)
+
+
+class PiecewiseMLP(nn.Module):
+    """Upstream's GPT2MLP. Without gradients a CPU takes it in pieces of the tokens, whose wide hidden states stay in
+    the cache (see `integer.py`)."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.c_fc, self.c_proj, self.act, self.dropout = mlp.c_fc, mlp.c_proj, mlp.act, mlp.dropout
+
+    def forward(self, x):
+        """x: (batch, seq, hidden) -> the same shape."""
+        if torch.is_grad_enabled() or x.is_cuda:
+            return self._forward(x)
+        return torch.cat([self._forward(piece) for piece in x.flatten(0, -2).split(ROWS)]).view(x.shape)
+
+    def _forward(self, x):
+        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
 
 
 class QuantGPT2Config(GPT2Config):
     """GPT2Config plus what a checkpoint needs to come back complete.
 
     lora_bank, lora_r, lora_alpha: the adapters; bit_config: the resolved bits; base_model_name_or_path and
-    base_checksum: the frozen base, which an adapter checkpoint refers to and does not contain.
+    base_checksum: the frozen base, which an adapter checkpoint refers to and does not contain; exported_widths: what
+    widths of each linear a deployable checkpoint has (exported.py); trained_bit_configs: what is evaluated by default.
     The own model_type keeps AutoModel from loading (out, in) weights as Conv1D.
     """
 
@@ -145,6 +241,8 @@ class QuantGPT2Config(GPT2Config):
     bit_config: dict | None = None
     base_model_name_or_path: str | None = None
     base_checksum: str | None = None
+    exported_widths: dict | None = None
+    trained_bit_configs: list | None = None
 
 
 AutoConfig.register("quant_gpt2", QuantGPT2Config)
@@ -166,9 +264,10 @@ class QuantGPT2Mixin:
         super().__init__(config)
         for name, conv in [(n, m) for n, m in self.named_modules() if isinstance(m, Conv1D)]:
             self.set_submodule(name, QuantLinear.from_conv1d(conv, with_kv=has_kv(name)))
-        if config.activation_function == "gelu_new":
-            for block in self.transformer.h:
-                block.mlp.act = nn.GELU(approximate="tanh")  # the same function in one fused pass instead of five
+        for block in self.transformer.h:
+            if config.activation_function == "gelu_new":
+                block.mlp.act = TanhGELU()  # the same function in fewer passes
+            block.mlp = PiecewiseMLP(block.mlp)
         if not self.can_generate():
             config.use_cache = False  # one forward is all these heads do: a KV cache would only be filled
         if config.lora_bank:
@@ -183,7 +282,7 @@ class QuantGPT2Mixin:
 
     def layer_shapes(self):
         """{full name: (out, in)}, as `describe_bit_config` takes it."""
-        return {name: tuple(module.weight.shape) for name, module in self.quant_layers().items()}
+        return {name: (module.out_features, module.in_features) for name, module in self.quant_layers().items()}
 
     def set_bit_config(self, config):
         """Set the bits of every layer and return the resolved config.
@@ -191,7 +290,8 @@ class QuantGPT2Mixin:
         Args:
             config: JSON path, dict, int or short form; see `bit_config.resolve_bit_config`.
         Raises:
-            ValueError: faulty config, or bits that the LoRA bank has no adapter for. Nothing is changed then.
+            ValueError: faulty config, bits that the LoRA bank has no adapter for, or that a model without float
+                weights has no codes for. Nothing is changed then.
         """
         layers = self.quant_layers()
         resolved = resolve_bit_config(config, layers)
@@ -200,6 +300,12 @@ class QuantGPT2Mixin:
             f'{source}: "{name}".w_bits = {bits["w_bits"]}, but the LoRA bank has only {list(layer.lora_A)}'
             for (name, layer), bits in zip(layers.items(), resolved.values(), strict=True)
             if layer.lora_A and "shared" not in layer.lora_A and str(bits["w_bits"]) not in layer.lora_A
+        ]
+        faults += [
+            f'{source}: "{name}".w_bits = {bits["w_bits"]}, but of this layer only the codes of '
+            f"{sorted(layer.stored_codes())} bits are kept"
+            for (name, layer), bits in zip(layers.items(), resolved.values(), strict=True)
+            if layer.weight is None and bits["w_bits"] not in layer.stored_codes()
         ]
         if faults:
             raise ValueError("\n".join(faults))
@@ -221,6 +327,43 @@ class QuantGPT2Mixin:
             yield resolved
         finally:
             self.set_bit_config(before)
+
+    # ---- execution
+
+    def set_execution(self, execution, backward_dtype="fp32", compile=False):
+        """How layers with w_bits <= 8 and a_bits <= 8 compute their product; the others always run in float.
+
+        Args:
+            execution: "fake" (the default of a model): quantize, dequantize, float product. "integer": int8 codes
+                and `torch._int_mm`, also in the forward pass of training; a trainable weight stays "fake".
+            backward_dtype: "fp32": products of the backward pass in the dtype of the gradient; "bf16".
+            compile: fuse the passes around the integer product with torch.compile (needs a C++ compiler on a CPU).
+        Raises:
+            ValueError: other values.
+        """
+        dtypes = {"fp32": None, "bf16": torch.bfloat16}
+        if execution not in ("integer", "fake"):
+            raise ValueError(f"execution = {execution!r}: allowed are integer, fake")
+        if backward_dtype not in dtypes:
+            raise ValueError(f"backward_dtype = {backward_dtype!r}: allowed are {', '.join(dtypes)}")
+        for layer in self.quant_layers().values():
+            layer.execution, layer.backward_dtype, layer.compiled = execution, dtypes[backward_dtype], compile
+
+    def drop_float_weights(self, widths):
+        """Keep only the integer codes at `widths` in the quantized linears: for evaluation, a quarter of the memory.
+
+        The model then serves these w_bits alone; others are an error, and so is saving it as a float checkpoint.
+        """
+        for layer in self.quant_layers().values():
+            layer.set_stored_codes(layer.stored_codes(widths))
+
+    def quantized_bytes(self):
+        """Memory that the weights of the quantized linears take now: codes, scales and float weights."""
+        tensors = []
+        for layer in self.quant_layers().values():
+            tensors += [layer.weight] * (layer.weight is not None)
+            tensors += [tensor for stored in layer.stored_codes().values() for tensor in stored]
+        return sum(tensor.nbytes for tensor in tensors)
 
     # ---- LoRA
 
@@ -250,7 +393,7 @@ class QuantGPT2Mixin:
     def _add_adapters(self):
         for layer in self.quant_layers().values():
             layer.add_lora(self.config.lora_bank, self.config.lora_r, self.config.lora_alpha)
-            layer.to(layer.weight.device)
+            layer.to(layer.bias.device)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(not is_base(name))
 
@@ -294,6 +437,9 @@ class QuantGPT2Mixin:
             state = {name: value for name, value in base.state_dict().items() if is_base(name)} | state
         with no_init_weights():
             model = cls(config)
+        if config.exported_widths:
+            take_codes(model, state, name_or_path)
+            model.set_bit_config(config.bit_config)
         model._load_complete(state, name_or_path)
         return model.eval()
 
@@ -341,7 +487,12 @@ class QuantGPT2Mixin:
         return digest.hexdigest()
 
     def save_pretrained(self, save_directory, state_dict=None, **kwargs):
-        """Write config and weights; with `set_base` only adapters and head. Every file appears whole or not at all."""
+        """Write config and weights; with `set_base` only adapters and head. Every file appears whole or not at all.
+
+        Raises ValueError after `drop_float_weights`, OSError.
+        """
+        if any(layer.weight is None for layer in self.quant_layers().values()):
+            raise ValueError("the float weights were dropped (drop_float_weights): this model has no float checkpoint")
         state_dict = self.state_dict() if state_dict is None else state_dict
         if self.config.base_model_name_or_path:
             state_dict = {name: value for name, value in state_dict.items() if not is_base(name)}

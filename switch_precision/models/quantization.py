@@ -40,9 +40,10 @@ def row_scale(x, bits):
     return torch.where(amax == 0, amax, scale.clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def _codes_as_float(x, scale):
-    # A row of zeros has scale 0: divide it by 1 instead. The quotient is fresh, so it may be rounded in place.
-    return torch.div(x.float(), torch.where(scale == 0, 1.0, scale)).round_()
+def codes_as_float(x, scale):
+    """round_half_even(x / scale), float32."""
+    # A row of zeros has scale 0, all others at least `tiny`. The quotient is fresh, so it may be rounded in place.
+    return torch.div(x.float(), scale.clamp(min=torch.finfo(torch.float32).tiny)).round_()
 
 
 def quantize(x, bits):
@@ -59,7 +60,7 @@ def quantize(x, bits):
     check_bits(bits, QUANTIZED_BITS)
     x = x.detach()
     scale = row_scale(x, bits)
-    return _codes_as_float(x, scale).to(torch.int8), scale
+    return codes_as_float(x, scale).to(torch.int8), scale
 
 
 def dequantize(codes, scale):
@@ -70,7 +71,7 @@ def dequantize(codes, scale):
 def _fake_quantize(x, bits):
     """The values of `fake_quantize`, computed in float32 (under autocast too), in x's dtype."""
     scale = row_scale(x, bits)
-    return _codes_as_float(x, scale).mul_(scale).to(x.dtype)
+    return codes_as_float(x, scale).mul_(scale).to(x.dtype)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -135,12 +136,12 @@ class _FrozenLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, codes, scale, bias, a_bits):
-        dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
+    def forward(ctx, x, codes, scale, bias, a_bits, product, backward_dtype):
         ctx.save_for_backward(codes, scale)
-        ctx.x_dtype = x.dtype
+        ctx.x_dtype, ctx.backward_dtype = x.dtype, backward_dtype
+        if product is not None:
+            return product(x, codes, scale, bias, a_bits)
+        dtype = output_dtype(x)
         x = x if a_bits in FLOAT_BITS else _fake_quantize(x, a_bits)
         return F.linear(x.to(dtype), dequantize(codes, scale).to(dtype), bias.to(dtype))
 
@@ -149,18 +150,30 @@ class _FrozenLinear(torch.autograd.Function):
         codes, scale = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ dequantize(codes, scale).to(grad.dtype)).to(ctx.x_dtype)
+            if ctx.backward_dtype is None:
+                grad_x = grad @ dequantize(codes, scale).to(grad.dtype)
+            else:  # codes are exact in bfloat16, so the scale goes to the other operand
+                grad_x = (grad * scale.t()).to(ctx.backward_dtype) @ codes.to(ctx.backward_dtype)
+            grad_x = grad_x.to(ctx.x_dtype)
         if ctx.needs_input_grad[3]:
             grad_bias = grad.float().sum(0)
-        return grad_x, None, None, grad_bias, None
+        return grad_x, None, None, grad_bias, None, None, None
 
 
-def frozen_linear(x, codes, scale, bias, a_bits):
+def output_dtype(x):
+    """dtype of a linear layer's output: x's, or the autocast dtype."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def frozen_linear(x, codes, scale, bias, a_bits, product=None, backward_dtype=None):
     """Linear layer on fake-quantized activations and a frozen weight given by its codes.
 
     Args:
         x: (tokens, in) activations; codes: (out, in) int8; scale: (out, 1) float32; bias: (out,); a_bits: bits of x.
+        product: what computes the forward pass from these (`integer.integer_linear`); None: a float product.
+        backward_dtype: dtype of the product dL/dx = dL/dy W; None: that of dL/dy.
     Returns:
         (tokens, out) in x's dtype, or in the autocast dtype under autocast (scales and rounding stay float32).
     """
-    return _FrozenLinear.apply(x, codes, scale, bias, check_bits(a_bits))
+    return _FrozenLinear.apply(x, codes, scale, bias, check_bits(a_bits), product, backward_dtype)

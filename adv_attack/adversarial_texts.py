@@ -1,0 +1,124 @@
+"""Reads what whitebox_attack.py wrote and measures it, for eval.py and random_precision_inference.py.
+
+Every text is tokenized again before it is classified or measured: scores on the sampled ids would overstate success.
+"""
+
+import json
+import logging
+import os
+
+import numpy as np
+import torch
+
+import gbda
+from classifier import accuracy_row, encode, hidden_states, pad_right, predict
+from whitebox_attack import RESULT_FILE
+
+logger = logging.getLogger("adversarial_texts")
+
+
+def load_attacks(folders, model_sha256, samples):
+    """{name: attack} of output folders of whitebox_attack.py; all must have attacked the same texts.
+
+    The name is the attacked precision. Raises ValueError or FileNotFoundError naming the folder.
+    """
+    attacks = {}
+    for folder in folders:
+        path = os.path.join(folder, RESULT_FILE)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path}: no such file; the attack is not finished or was never run (attack.sh)")
+        with open(path, encoding="utf-8") as file:
+            try:
+                attack = json.load(file)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}: damaged ({error}); run the attack again") from None
+        settings = attack["settings"]
+        name = attack_name(settings)
+        if name in attacks:
+            raise ValueError(f"{folder}: a second attack at {name}; give one a precision")
+        first = next(iter(attacks.values()), attack)
+        if [text["index"] for text in attack["texts"]] != [text["index"] for text in first["texts"]]:
+            raise ValueError(f"{folder}: attacked other texts than {folders[0]} (--num_samples, --start_index)")
+        if settings["gumbel_samples"] < (samples or 1):
+            raise ValueError(f"--best_of {samples}: {folder} holds {settings['gumbel_samples']} samples a text")
+        if settings["model_sha256"] != model_sha256:
+            logger.warning("%s attacked another classifier: its rows are transfer between models", folder)
+        attacks[name] = attack
+    return attacks
+
+
+def attack_name(settings):
+    """The attacked precision: "W4A4KV4", "random(W4A4KV4+W8A8KV8)", "eot(...)"."""
+    names = "+".join(settings["precisions"])
+    return f"{settings['attack_bits']}({names})" if settings["attack_bits"] in ("random", "eot") else names
+
+
+def correct_table(model, tokenizer, texts, key, samples, max_length):
+    """(texts, samples) bool: is each of the first hard samples of each text classified right, at the bits now set?
+
+    Args: texts: rows of an attack; key: "samples", "initial_samples", or "text" for the clean text (one column).
+    """
+    lists = [[text["text"]] if key == "text" else text[key][:samples] for text in texts]
+    answers = predict(model, tokenizer, [one for texts_of in lists for one in texts_of], max_length)
+    labels = np.repeat([text["label"] for text in texts], len(lists[0]))
+    return (np.array(answers) == labels).reshape(len(texts), -1)
+
+
+def accuracies(correct, clean):
+    """Both ways of counting: all inputs (a clean error counts as broken, as in the paper), and only clean-right ones.
+
+    Args: correct (texts, samples) bool; clean (texts,) bool, at the same inference precision.
+    Returns: {"single" and "best_of_n": accuracy against the first sample alone, and against the attacker who wins with
+        any sample; "..._clean_right": the same among the inputs that are right without an attack}.
+    """
+    # Every sample of a clean-wrong input would have to be wrong too for this to be implied, so it is said.
+    single, best = correct[:, 0] & clean, correct.all(1) & clean
+    return {
+        "single": accuracy_row(single),
+        "single_clean_right": accuracy_row(single[clean]),
+        "best_of_n": accuracy_row(best),
+        "best_of_n_clean_right": accuracy_row(best[clean]),
+    }
+
+
+def edit_distance(first, second):
+    """Levenshtein distance of two sequences."""
+    row = list(range(len(second) + 1))
+    for i, left in enumerate(first, 1):
+        above, row[0] = row[0], i
+        for j, right in enumerate(second, 1):
+            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (left != right))
+    return row[-1]
+
+
+@torch.no_grad()
+def text_quality(reference, tokenizer, texts, adversarial, max_length, batch_size=32):
+    """How far adversarial texts are from the originals.
+
+    Args: reference: language model; texts: rows of an attack; adversarial: one text for each.
+    Returns: {"token_error_rate": edit distance of tokens / original tokens (percent); "perplexity": of all tokens but
+        each text's first; "similarity": mean idf-weighted BERTScore recall under the reference model, 1 if identical}.
+    """
+    tokens, edits, nll, counted, alike = encode(tokenizer, adversarial, max_length), 0, 0.0, 0, []
+    edits = sum(edit_distance(text["tokens"], ids) for text, ids in zip(texts, tokens, strict=True))
+    order = sorted(range(len(texts)), key=lambda index: len(tokens[index]))
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        ids, lengths = pad_right([tokens[index] for index in chosen], tokenizer.eos_token_id)
+        old, old_lengths = pad_right([texts[index]["tokens"] for index in chosen], tokenizer.eos_token_id)
+        weights = pad_right([texts[index]["idf"] for index in chosen], 0.0)[0].to(reference.device)
+        ids, lengths, old, old_lengths = (tensor.to(reference.device) for tensor in (ids, lengths, old, old_lengths))
+        embedding = reference.transformer.wte.weight
+        hidden = hidden_states(reference, embedding[ids])
+        losses = gbda.tied_soft_negative_log_likelihood(hidden, embedding[ids], embedding, lengths)
+        nll += float((losses * (lengths - 1)).sum())
+        counted += int((lengths - 1).sum())
+        before = hidden_states(reference, embedding[old])
+        own = gbda.similarity(before, before, weights, old_lengths)
+        score = gbda.similarity(before, hidden, weights, old_lengths, lengths)
+        alike += (score / own)[own > 0].tolist()
+    return {
+        "token_error_rate": 100 * edits / sum(len(text["tokens"]) for text in texts),
+        "perplexity": float(np.exp(nll / counted)) if counted else None,
+        "similarity": float(np.mean(alike)) if alike else None,
+    }

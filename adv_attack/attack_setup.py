@@ -1,0 +1,146 @@
+"""What the attack and the evaluations share: flags and loading of a trained classifier, configs, small statistics."""
+
+import dataclasses
+import hashlib
+import os
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+
+from models.bit_config import SHORT_FORM, short_name
+from models.modeling_gpt2_quant import QuantGPT2ForSequenceClassification, QuantGPT2LMHeadModel
+from text_classification import option
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclasses.dataclass
+class ClassifierArguments:
+    """The classifier under attack, and the reference language model."""
+
+    model_name_or_path: str = dataclasses.field(metadata={"help": "classifier that text_classification.py trained"})
+    base_model_name_or_path: str | None = option(None, "where the frozen base of an adapter checkpoint lies, if moved")
+    reference_model: str | None = option(
+        None, "GPT-2 language model for fluency and similarity, same tokenizer (default: the frozen base, else gpt2)"
+    )
+    tokenizer_name: str | None = option(None, "tokenizer, if it is not the model's")
+    cache_dir: str | None = option(None, "cache of hub downloads")
+    model_revision: str = option("main", "branch, tag or commit on the hub")
+    token: str | None = option(None, "hub token (default: the one of `hf auth login`)")
+    attn_implementation: str | None = option(None, "eager, sdpa or another attention of transformers")
+    execution: str = option(
+        "integer",
+        "how layers with W and A of at most 8 bits compute: integer (int8 products) or fake (quantized values in "
+        "float); codes and gradients are the same to float rounding",
+    )
+
+
+def load_classifier(model_args, tokenizer):
+    """The trained classifier, in evaluation mode and without gradients of its own weights."""
+    options = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
+    if model_args.attn_implementation:
+        options["attn_implementation"] = model_args.attn_implementation
+    model = QuantGPT2ForSequenceClassification.from_pretrained(
+        model_args.model_name_or_path, base_model_name_or_path=model_args.base_model_name_or_path, **options
+    )
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the embedding of {model_args.model_name_or_path} "
+            f"{model.config.vocab_size}: they do not belong together (--tokenizer_name)"
+        )
+    if model.config.architectures != ["QuantGPT2ForSequenceClassification"]:
+        raise ValueError(
+            f"{model_args.model_name_or_path}: not a classifier of text_classification.py; train one first (train.sh)"
+        )
+    model.set_execution(model_args.execution)
+    return model.requires_grad_(False).eval().to(DEVICE)
+
+
+def load_reference(model_args, classifier):
+    """(name, reference language model); it must have the classifier's vocabulary."""
+    name = model_args.reference_model or model_args.base_model_name_or_path
+    name = name or classifier.config.base_model_name_or_path or "gpt2"
+    hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
+    reference = QuantGPT2LMHeadModel.from_pretrained(name, **hub)
+    if reference.config.vocab_size != classifier.config.vocab_size:
+        raise ValueError(
+            f"--reference_model {name}: vocabulary of {reference.config.vocab_size}, the classifier has "
+            f"{classifier.config.vocab_size}: both read the same tokens"
+        )
+    return name, reference.requires_grad_(False).eval().to(DEVICE)
+
+
+# Copied from switch_precision/eval_setup.py:model_checksum
+def model_checksum(model):
+    """sha256 over names and float32 bytes of all weights: base (or its exported codes), adapters and head."""
+    tensors = model.state_dict()
+    for name, layer in model.quant_layers().items() if model.config.exported_widths else ():
+        for bits, (codes, scale) in layer.stored_codes().items():
+            tensors |= {f"{name}.codes.{bits}": codes, f"{name}.scale.{bits}": scale}
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+# Copied from switch_precision/eval_setup.py:resolve_configs
+def resolve_configs(model, texts):
+    """{name: resolved config} of what the user typed; all faults of all configs in one ValueError.
+
+    A file is named by its stem (by its path where two stems agree), a width by its W-A-KV notation.
+    """
+    texts = list(dict.fromkeys(texts))
+    stems = [os.path.splitext(os.path.basename(text))[0] for text in texts]
+    saved, configs, faults = model.config.bit_config, {}, []
+    for text, stem in zip(texts, stems, strict=True):
+        try:
+            with model.bit_config(
+                saved if text == "checkpoint" else int(text) if text.isdigit() else text
+            ) as resolved:
+                name = stem if stems.count(stem) == 1 else text
+                if text == "checkpoint" or SHORT_FORM.fullmatch(text):
+                    name = text
+                elif text.isdigit():
+                    name = short_name(resolved)
+                configs[name if configs.get(name, resolved) == resolved else text] = resolved
+        except (ValueError, OSError) as error:
+            lines = str(error).splitlines()
+            more = [f"... and {len(lines) - 3} more of this config"] if len(lines) > 4 else lines[3:]
+            faults += [line if line.startswith(text) else f"{text}: {line}" for line in lines[:3] + more]
+    if faults:
+        raise ValueError("nothing was evaluated; bit configs with faults:\n  " + "\n  ".join(faults))
+    return configs
+
+
+# Copied from switch_precision/eval_setup.py:write_text_atomic
+def write_text_atomic(path, text):
+    """The file appears whole or not at all."""
+    with open(f"{path}.{os.getpid()}.tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(file.name, path)
+
+
+# Copied from switch_precision/eval_stats.py:mcnemar
+def mcnemar(reference, other):
+    """Exact two-sided p-value that two systems are right equally often.
+
+    Args: reference, other: (questions,) right (1) or wrong (0).
+    Returns: p of the sign test on the questions where they differ; 1.0 where they never do.
+    Source: McNemar 1947, in its exact binomial form.
+    """
+    reference, other = np.asarray(reference, dtype=bool), np.asarray(other, dtype=bool)
+    only_reference, only_other = int((reference & ~other).sum()), int((other & ~reference).sum())
+    discordant = only_reference + only_other
+    return float(binomtest(only_other, discordant).pvalue) if discordant else 1.0
+
+
+# Copied from switch_precision/eval_stats.py:markdown_table
+def markdown_table(header, rows):
+    """Lines of a markdown table whose columns are aligned in plain text too. header: [str]; rows: [[str]]."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]

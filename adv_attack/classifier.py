@@ -1,0 +1,95 @@
+"""What all scripts of this folder share: rows, token ids, the classifier's answer, the interval of an accuracy."""
+
+import torch
+from scipy.stats import binomtest
+
+from record import file_checksum, relative_path
+from text_data import load_texts
+
+
+def load_rows(data_args, splits, model_args):
+    """({split: rows}, {split: source, number and checksum}) for the splits that the run needs."""
+    files = {"train": data_args.train_file, "validation": data_args.validation_file}
+    rows = load_texts(
+        dataset_name=data_args.dataset_name,
+        dataset_config_name=data_args.dataset_config_name,
+        files=files,
+        splits=splits,
+        columns=(data_args.text_column, data_args.label_column),
+        cache_dir=model_args.cache_dir,
+        token=model_args.token,
+    )
+    limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
+    rows = {split: texts[: limits[split]] for split, texts in rows.items()}
+    sources = {
+        split: {
+            "source": relative_path(files[split]) if files[split] else data_args.dataset_name,
+            "examples": len(texts),
+            "sha256": file_checksum(files[split]) if files[split] else None,
+        }
+        for split, texts in rows.items()
+    }
+    return rows, sources
+
+
+def encode(tokenizer, texts, max_length):
+    """Token ids of every text, cut at max_length. A text without tokens becomes one end-of-text token."""
+    lists = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"] if texts else []
+    return [ids or [tokenizer.eos_token_id] for ids in lists]
+
+
+def pad_right(lists, value):
+    """(ids (N, T), lengths (N,)) of token lists. Causal attention makes padding on the right harmless."""
+    longest = max(map(len, lists))
+    ids = torch.tensor([tokens + [value] * (longest - len(tokens)) for tokens in lists])
+    return ids, torch.tensor([len(tokens) for tokens in lists])
+
+
+def hidden_states(model, embeds):
+    """Last hidden states, after the final LayerNorm, of any of our models. embeds (N, T, H) -> (N, T, H)."""
+    return model.transformer(inputs_embeds=embeds, use_cache=False).last_hidden_state
+
+
+def last_position_logits(model, lengths, embeds):
+    """Class logits read at the last position of each text.
+
+    Upstream's own pooling takes the last column of inputs_embeds, padding included. Here the lengths say it.
+
+    Args: lengths (N,); embeds (N, T, H): token embeddings, padded on the right.
+    Returns: (N, classes).
+    """
+    hidden = hidden_states(model, embeds)
+    return model.score(hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1])
+
+
+@torch.no_grad()
+def predict(model, tokenizer, texts, max_length, batch_size=64):
+    """Predicted class of every text, under the bits that are set; equal texts are classified once."""
+    distinct = list(dict.fromkeys(texts))
+    tokens = encode(tokenizer, distinct, max_length)
+    order = sorted(range(len(distinct)), key=lambda index: len(tokens[index]))
+    answers = {}
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        ids, lengths = pad_right([tokens[index] for index in chosen], tokenizer.pad_token_id)
+        embeds = model.transformer.wte(ids.to(model.device))
+        logits = last_position_logits(model, lengths.to(model.device), embeds)
+        answers |= {distinct[index]: label for index, label in zip(chosen, logits.argmax(-1).tolist(), strict=True)}
+    return [answers[text] for text in texts]
+
+
+def accuracy_row(correct):
+    """{"n", "correct", "accuracy" (percent), "interval" (Wilson, 95 %, percent)} of booleans; None fields for none.
+
+    Source: Wilson 1927, score interval of a binomial proportion (scipy's binomtest).
+    """
+    hits, number = int(sum(map(bool, correct))), len(correct)
+    if not number:
+        return {"n": 0, "correct": 0, "accuracy": None, "interval": None}
+    low, high = binomtest(hits, number).proportion_ci(0.95, method="wilson")
+    return {
+        "n": number,
+        "correct": hits,
+        "accuracy": 100 * hits / number,
+        "interval": [100 * float(low), 100 * float(high)],
+    }

@@ -1,0 +1,140 @@
+#!/usr/bin/env python
+"""How well attacks work: accuracy, changed tokens, perplexity and similarity, at any inference precision.
+
+    bash eval.sh --attack_dirs results/attack_32 results/attack_4
+    python eval.py --model_name_or_path results/train --attack_dirs results/attack_* --eval_bits 32 8 4 \\
+        --output_dir results/eval
+
+Each attack is evaluated at the precision that it attacked (--eval_bits: at these), beside the clean texts and beside
+hard samples of Theta before optimization. Single-sample and best-of-N accuracies have columns of their own.
+Writes table.md and record.json.
+"""
+
+import dataclasses
+import os
+import time
+import types
+
+from adversarial_texts import accuracies, correct_table, load_attacks, text_quality
+from attack_setup import (
+    ClassifierArguments,
+    load_classifier,
+    load_reference,
+    markdown_table,
+    model_checksum,
+    resolve_configs,
+    write_text_atomic,
+)
+from record import relative_path, run_record, write_json_atomic
+from text_classification import load_tokenizer, option, parse_args, plain_errors, setup_logging
+
+CAPTION = (
+    "accuracy in percent [Wilson 95 %]; all: every input counts, and one that is wrong without attack counts as "
+    "broken (the paper's way); right: only inputs that are right without attack; single: one hard sample a text; best "
+    "of {n}: broken if any of {n} samples is wrong; token error rate, perplexity and similarity of the single sample, "
+    "tokenized again, under the reference model {reference}."
+)
+
+
+@dataclasses.dataclass
+class EvalArguments:
+    """What to evaluate."""
+
+    output_dir: str = dataclasses.field(metadata={"help": "folder of table.md and record.json"})
+    attack_dirs: list[str] = dataclasses.field(metadata={"help": "output folders of whitebox_attack.py"})
+    eval_bits: list[str] | None = option(None, "inference precisions (default: those that the attack attacked)")
+    best_of: int | None = option(None, "hard samples that the best-of-N attacker may try (default: all that are kept)")
+    record_file: str | None = option(None, "where the run's JSON record goes (default: record.json in --output_dir)")
+
+
+def evaluate_attack(name, attack, configs, model, reference, tokenizer, samples, cache):
+    """Rows of one attack: clean, initial and optimized texts at every config. cache: {(kind, config): booleans}."""
+    texts, length = attack["texts"], attack["settings"]["max_seq_length"]
+    kinds = {"clean": "text", "initial Theta": "initial_samples", "optimized": "samples"}
+    singles = {
+        kind: [text["text"] if key == "text" else text[key][0] for text in texts] for kind, key in kinds.items()
+    }
+    quality = {kind: text_quality(reference, tokenizer, texts, ones, length) for kind, ones in singles.items()}
+    rows = []
+    for config, resolved in configs.items():
+        with model.bit_config(resolved):
+            for kind, key in kinds.items():
+                if kind == "optimized" or (kind, config) not in cache:
+                    cache[kind, config] = correct_table(model, tokenizer, texts, key, samples, length)
+                scores = accuracies(cache[kind, config], cache["clean", config][:, 0])
+                if kind == "clean":  # there is one clean text, so nothing to choose the best of
+                    scores = {"single": scores["single"]}
+                rows.append({"attack": name, "inference": config, "texts": kind, **scores, **quality[kind]})
+    return rows
+
+
+def cell(row):
+    """ "63.2 [60.1, 66.2] of 500", or a dash."""
+    if row is None or row["accuracy"] is None:
+        return "-"
+    low, high = row["interval"]
+    return f"{row['accuracy']:.1f} [{low:.1f}, {high:.1f}] of {row['n']}"
+
+
+def table_lines(rows, samples, reference):
+    """Markdown table with its caption."""
+    scores = ("single", "single_clean_right", "best_of_n", "best_of_n_clean_right")
+    best = f"best of {samples}"
+    header = ["attack", "inference", "texts", "single, all", "single, right", f"{best}, all", f"{best}, right"]
+    header += ["token error %", "perplexity", "similarity"]
+    cells = [
+        [row["attack"], row["inference"], row["texts"], *(cell(row.get(score)) for score in scores)]
+        + [
+            "-" if row[key] is None else f"{row[key]:.{digits}f}"
+            for key, digits in (("token_error_rate", 1), ("perplexity", 1), ("similarity", 3))
+        ]
+        for row in rows
+    ]
+    return [*markdown_table(header, cells), "", CAPTION.format(n=samples, reference=reference)]
+
+
+def main():
+    start = time.time()
+    model_args, args = parse_args(ClassifierArguments, EvalArguments)
+    setup_logging(types.SimpleNamespace(process_index=0))
+    if args.best_of is not None and args.best_of < 1:
+        raise ValueError(f"--best_of {args.best_of}: must be at least 1")
+    tokenizer = load_tokenizer(model_args)
+    model = load_classifier(model_args, tokenizer)
+    reference_name, reference = load_reference(model_args, model)
+    attacks = load_attacks(args.attack_dirs, model_checksum(model), args.best_of)
+    samples = args.best_of or min(attack["settings"]["gumbel_samples"] for attack in attacks.values())
+    rows, cache = [], {}
+    for name, attack in attacks.items():
+        settings = attack["settings"]
+        several = settings["attack_bits"] in ("random", "eot")
+        asked = args.eval_bits or (settings["precision_set"] if several else [settings["attack_bits"]])
+        configs = resolve_configs(model, asked)
+        rows += evaluate_attack(name, attack, configs, model, reference, tokenizer, samples, cache)
+    lines = table_lines(rows, samples, relative_path(reference_name))
+    print("\n".join(lines), flush=True)
+    os.makedirs(args.output_dir, exist_ok=True)
+    write_text_atomic(os.path.join(args.output_dir, "table.md"), "\n".join(lines) + "\n")
+    record = run_record(
+        model=relative_path(model_args.model_name_or_path),
+        bit_config={"attacks": list(attacks), "inference": list(dict.fromkeys(row["inference"] for row in rows))},
+        metrics={
+            f"{row['attack']}/{row['inference']}/{row['texts']}/{key}": row[key]["accuracy"]
+            for row in rows
+            for key in ("single", "best_of_n")
+            if key in row
+        },
+        data={"attacked": {"examples": len(next(iter(attacks.values()))["texts"])}},
+        seed=next(iter(attacks.values()))["settings"]["seed"],
+        wall_seconds=time.time() - start,
+        reference_model=relative_path(reference_name),
+        best_of=samples,
+        attack_settings={name: attack["settings"] for name, attack in attacks.items()},
+        rows=rows,
+    )
+    write_json_atomic(args.record_file or os.path.join(args.output_dir, "record.json"), record)
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main()

@@ -1,0 +1,407 @@
+#!/usr/bin/env python
+"""Fine-tune and evaluate a quantizable GPT-2 text classifier, the target of the attacks.
+
+    bash train.sh                                          # AG News, full fine-tuning, float32
+    python text_classification.py --model_name_or_path gpt2 --dataset_name ag_news --do_train --do_eval \\
+        --add_lora --output_dir results/lora
+    python text_classification.py ... --bit_widths 4 6 8 --random_precision_training      # RPT, an adapter per width
+
+What is trained: everything without --add_lora / --bit_widths / --bit_config; with one of them the adapters and the
+class head, on a frozen base (--train_all_weights: everything after all). Random precision training (RPT, Double-Win
+Quant, ICML 2021): each optimizer step draws one of --bit_widths. Double-Win trains on adversarial inputs; here the
+inputs are clean.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import sys
+import time
+import warnings
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from transformers import (
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils.versions import require_version
+
+from classifier import accuracy_row, encode, load_rows
+from models.bit_config import describe_bit_config, short_name
+from models.modeling_gpt2_quant import QuantGPT2ForSequenceClassification
+from record import relative_path, run_record, write_json_atomic
+from text_data import check_labels, number_of_classes
+
+require_version("transformers>=5.23", "pip install -r requirements.txt")
+
+logger = logging.getLogger("text_classification")
+SETTINGS_FILE = "run_settings.json"
+CHECKPOINT_FILES = ("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+# Copied from base_model/run_qa.py:option
+def option(default, text, **kwargs):
+    """A dataclass field with a help text."""
+    aliases = {"aliases": kwargs.pop("aliases")} if "aliases" in kwargs else {}
+    factory = {"default_factory": lambda: default} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**factory, metadata={"help": text, **aliases}, **kwargs)
+
+
+@dataclasses.dataclass
+class ModelArguments:
+    """The model, its adapters and its bits."""
+
+    model_name_or_path: str = option("gpt2", "hub name or folder: stock GPT-2 weights, or a checkpoint of this script")
+    base_model_name_or_path: str | None = option(None, "where the frozen base of an adapter checkpoint lies, if moved")
+    tokenizer_name: str | None = option(None, "tokenizer, if it is not the model's")
+    cache_dir: str | None = option(None, "cache of hub downloads")
+    model_revision: str = option("main", "branch, tag or commit on the hub")
+    token: str | None = option(None, "hub token (default: the one of `hf auth login`)")
+    attn_implementation: str | None = option(None, "eager, sdpa or another attention of transformers")
+    add_lora: bool = option(False, "one shared adapter, which serves any bits; alone: trained in full precision")
+    lora_r: int = option(8, "rank of the adapters")
+    lora_alpha: int = option(16, "scaling is lora_alpha / lora_r")
+    bit_widths: list[int] | None = option(None, "width of W, A and KV trained with LoRA; several with RPT")
+    bit_config: str | None = option(
+        None, 'per-layer bits: JSON file (configs/README.md) or "W4A8KV8"; training: static, with LoRA; else PTQ'
+    )
+    train_all_weights: bool = option(False, "train all weights at the bits that are given, without adapters")
+    random_precision_training: bool = option(False, "RPT: every step trains one of --bit_widths", aliases=["--rpt"])
+
+
+@dataclasses.dataclass
+class TextArguments:
+    """The texts."""
+
+    dataset_name: str | None = option(None, "hub data set with a text and a label column, for example ag_news")
+    dataset_config_name: str | None = option(None, "its configuration")
+    text_column: str = option("text", "name of the text column or key")
+    label_column: str = option("label", "name of the label column or key (integers 0, 1, ...)")
+    train_file: str | None = option(None, "local training data: .jsonl or .csv with text and label")
+    validation_file: str | None = option(None, "local data to evaluate on and to attack, same forms")
+    max_seq_length: int = option(256, "tokens of a text, at most; longer texts are cut")
+    max_train_samples: int | None = option(None, "use only so many training texts (quick tests)")
+    max_eval_samples: int | None = option(None, "use only so many validation texts")
+    record_file: str | None = option(None, "where the run's JSON record goes (default: record.json in --output_dir)")
+
+
+@dataclasses.dataclass
+class TrainingTextArguments(TextArguments):
+    """The texts, and the output folder."""
+
+    overwrite_output_dir: bool = option(False, "start over in a used --output_dir; deletes its checkpoints")
+
+
+# Copied from base_model/run_qa.py:parse_args
+def parse_args(*dataclass_types):
+    """One instance of each dataclass, from the command line or from one JSON file."""
+    parser = HfArgumentParser(dataclass_types)
+    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
+        return parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
+    return parser.parse_args_into_dataclasses()
+
+
+# Copied from base_model/run_qa.py:setup_logging
+def setup_logging(training_args):
+    """INFO on rank 0, warnings elsewhere."""
+    level = logging.INFO if training_args.process_index == 0 else logging.WARNING
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=level)
+    for name in ("httpx", "datasets", "bitsandbytes", "evaluate"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers.utils.logging.set_verbosity_warning()
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")  # of torch, on machines without a GPU
+    warnings.filterwarnings("ignore", message=".*null_placement.*")  # of pyarrow, raised inside datasets
+    if training_args.process_index != 0:
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+
+
+def check_args(model_args, training_args):
+    """Refuse what cannot work, before anything is loaded."""
+    if not (training_args.do_train or training_args.do_eval):
+        raise ValueError("nothing to do: pass --do_train or --do_eval")
+    if training_args.do_predict:
+        raise ValueError("--do_predict: give the texts as --validation_file with --do_eval")
+    widths, rpt = model_args.bit_widths or [], model_args.random_precision_training
+    if widths and model_args.bit_config:
+        raise ValueError("--bit_widths and --bit_config both say the bits: pass one of them")
+    if rpt and len(set(widths)) < 2:
+        raise ValueError("--random_precision_training draws one of --bit_widths: pass at least two different ones")
+    if len(set(widths)) < len(widths):
+        raise ValueError(f"--bit_widths {' '.join(map(str, widths))}: every width once")
+    if len(widths) > 1 and not rpt:
+        raise ValueError("several --bit_widths need --random_precision_training")
+    if model_args.train_all_weights and model_args.add_lora:
+        raise ValueError("--train_all_weights and --add_lora contradict each other")
+    if rpt and (training_args.fsdp or training_args.deepspeed):
+        raise ValueError("--fsdp and --deepspeed shard the model; random precision needs all of it on every process")
+
+
+# Copied from base_model/trainer_qa.py:last_complete_checkpoint
+def last_complete_checkpoint(output_dir):
+    """Newest `checkpoint-N` with all its files, None without one: a killed run may leave a half-written folder."""
+    steps = []
+    for name in os.listdir(output_dir) if os.path.isdir(output_dir) else ():
+        if (match := re.fullmatch(r"checkpoint-(\d+)", name)) and is_complete(os.path.join(output_dir, name)):
+            steps.append(int(match[1]))
+    return os.path.join(output_dir, f"checkpoint-{max(steps)}") if steps else None
+
+
+# Copied from base_model/trainer_qa.py:is_complete
+def is_complete(checkpoint):
+    """True when the checkpoint has every file that a resume needs. The trainer's state is written last."""
+    files = set(os.listdir(checkpoint))
+    if not set(CHECKPOINT_FILES) <= files or not any(name.startswith("rng_state") for name in files):
+        return False
+    try:
+        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+            json.load(file)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+# Copied from base_model/run_qa.py:starting_checkpoint
+def starting_checkpoint(training_args, overwrite, settings):
+    """The checkpoint to resume from, None for a fresh start.
+
+    Raises ValueError when the output folder holds other things, an incomplete checkpoint was asked for, or the run
+    that left the folder had other settings.
+    """
+    folder, asked = training_args.output_dir, training_args.resume_from_checkpoint
+    if not training_args.do_train:
+        return None
+    if asked and asked not in ("True", "true"):
+        if not os.path.isdir(asked) or not is_complete(asked):
+            raise ValueError(f"--resume_from_checkpoint {asked}: not a complete checkpoint")
+        return asked
+    content = os.listdir(folder) if os.path.isdir(folder) else []
+    if overwrite or not content:
+        return None
+    if SETTINGS_FILE not in content:
+        raise ValueError(
+            f"--output_dir {folder} is not empty and no run of this script: pass --overwrite_output_dir, "
+            "--resume_from_checkpoint or another --output_dir"
+        )
+    with open(os.path.join(folder, SETTINGS_FILE), encoding="utf-8") as file:
+        before = json.load(file)
+    changed = [
+        f"{key}: {before.get(key)!r} then, {now!r} now" for key, now in settings.items() if before.get(key) != now
+    ]
+    if changed:
+        raise ValueError(
+            f"--output_dir {folder} holds a run with other settings ({'; '.join(changed)}): pass "
+            "--overwrite_output_dir to start over, or another --output_dir"
+        )
+    checkpoint = last_complete_checkpoint(folder)
+    logger.info("resuming from %s", checkpoint or "the start: no complete checkpoint was left")
+    return checkpoint
+
+
+# Copied from base_model/run_qa.py:start_output_dir
+def start_output_dir(training_args, settings, resumed):
+    """Make the output folder of this run; a fresh start removes what an earlier run left to resume from."""
+    if training_args.process_index == 0:
+        os.makedirs(training_args.output_dir, exist_ok=True)
+        if training_args.do_train and not resumed:
+            for name in os.listdir(training_args.output_dir):
+                if name.startswith("checkpoint-"):
+                    shutil.rmtree(os.path.join(training_args.output_dir, name))
+            write_json_atomic(os.path.join(training_args.output_dir, SETTINGS_FILE), settings)
+
+
+# Copied from base_model/run_qa.py:load_tokenizer
+def load_tokenizer(model_args):
+    """The tokenizer; GPT-2 has no pad token, so padding uses its end-of-text token (masked, never scored)."""
+    name = model_args.tokenizer_name or model_args.model_name_or_path
+    options = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def build_model(model_args, training, tokenizer, num_labels):
+    """The classifier with its adapters and bits set. num_labels: None keeps the checkpoint's."""
+    options = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
+    if model_args.attn_implementation:
+        options["attn_implementation"] = model_args.attn_implementation
+    if num_labels:
+        options["num_labels"] = num_labels
+    model = QuantGPT2ForSequenceClassification.from_pretrained(
+        model_args.model_name_or_path, base_model_name_or_path=model_args.base_model_name_or_path, **options
+    )
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the embedding of {model_args.model_name_or_path} "
+            f"{model.config.vocab_size}: they do not belong together (--tokenizer_name)"
+        )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    widths = model_args.bit_widths
+    bits = model_args.bit_config or (max(widths) if widths else None)
+    lora = model_args.add_lora or (bits is not None and not model_args.train_all_weights)
+    if training and lora and not model.config.lora_bank:
+        with model.bit_config(bits or 32) as resolved:
+            bank = widths or sorted({layer["w_bits"] for layer in resolved.values()})
+        model.add_lora(["shared"] if model_args.add_lora else bank, model_args.lora_r, model_args.lora_alpha)
+    if bits is not None:
+        model.set_bit_config(bits)
+    if model.config.lora_bank and not model.config.base_model_name_or_path:
+        model.set_base(model_args.model_name_or_path)
+    return model
+
+
+# Copied from base_model/run_qa.py:describe_model
+def describe_model(model):
+    """{"name", "layers" (resolved config), average bits, sizes, trainable parameters}; logged and recorded."""
+    shapes, resolved = model.layer_shapes(), model.config.bit_config
+    description = {"name": short_name(resolved), **describe_bit_config(resolved, shapes)}
+    trainable, total = model.num_parameters(only_trainable=True), model.num_parameters()
+    logger.info("bits: %s", json.dumps(description))
+    logger.info("LoRA bank: %s; trainable: %d of %d parameters", model.config.lora_bank, trainable, total)
+    return {**description, "lora_bank": model.config.lora_bank, "layers": resolved}
+
+
+def width_for_step(step, seed, bit_widths):
+    """The width that optimizer step `step` trains: the same on all ranks and on resume."""
+    return random.Random(f"{seed}-{step}").choice(sorted(bit_widths))
+
+
+class ClassificationTrainer(Trainer):
+    """Trainer with random precision training, which also stops before a loss that is not finite is used.
+
+    Args: random_widths: the widths to draw from, None to train at the bits that are set.
+    """
+
+    def __init__(self, *args, random_widths=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.random_widths = random_widths
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        plain = self.accelerator.unwrap_model(model)
+        if self.random_widths:
+            plain.set_bit_config(width_for_step(self.state.global_step, self.args.seed, self.random_widths))
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"loss is {loss.item()} at step {self.state.global_step + 1} (bits: "
+                f"{short_name(plain.config.bit_config)}); try a lower --learning_rate or --bf16 instead of --fp16"
+            )
+        return loss
+
+
+def accuracy_metrics(prediction):
+    """compute_metrics: accuracy in percent with its Wilson interval."""
+    row = accuracy_row(np.argmax(prediction.predictions, -1) == prediction.label_ids)
+    return {"accuracy": row["accuracy"], "accuracy_low": row["interval"][0], "accuracy_high": row["interval"][1]}
+
+
+def build_features(rows, tokenizer, max_length):
+    """Token ids and labels of {"text", "label"} rows."""
+    tokens = encode(tokenizer, [row["text"] for row in rows], max_length)
+    features = [
+        {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": row["label"]} for ids, row in zip(tokens, rows)
+    ]
+    return datasets.Dataset.from_list(features)
+
+
+def run(trainer, resume, training_args, widths):
+    """Train and evaluate as asked for, at every width of RPT; returns all metrics."""
+    metrics = {}
+    if training_args.do_train:
+        result = trainer.train(resume_from_checkpoint=resume)
+        if widths:
+            trainer.model.set_bit_config(max(widths))  # what the checkpoint is served at, unless told otherwise
+        trainer.save_model()
+        trainer.save_state()
+        metrics |= result.metrics
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+    if training_args.do_eval:
+        for bits in widths or [None]:
+            prefix = f"eval_{bits}bit" if bits else "eval"
+            with trainer.model.bit_config(bits) if bits else contextlib.nullcontext():
+                scores = trainer.evaluate(metric_key_prefix=prefix)
+            metrics |= scores
+            trainer.log_metrics(prefix, scores)
+            trainer.save_metrics(prefix, scores)
+    return metrics
+
+
+# Copied from base_model/run_qa.py:plain_errors
+@contextlib.contextmanager
+def plain_errors():
+    """The user's mistakes end the script with one message instead of a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        logger.debug("", exc_info=True)
+        sys.exit(f"error: {error}")
+
+
+def main():
+    start = time.time()
+    model_args, data_args, training_args = parse_args(ModelArguments, TrainingTextArguments, TrainingArguments)
+    setup_logging(training_args)
+    check_args(model_args, training_args)
+    settings = dataclasses.asdict(model_args) | {"token": None, "cache_dir": None}
+    settings |= {"seed": training_args.seed, "max_seq_length": data_args.max_seq_length}
+    resume = starting_checkpoint(training_args, data_args.overwrite_output_dir, settings)
+    set_seed(training_args.seed)
+
+    evaluates = training_args.do_eval or training_args.eval_strategy != "no"
+    splits = ["train"] * training_args.do_train + ["validation"] * evaluates
+    rows, sources = load_rows(data_args, splits, model_args)
+    num_labels = number_of_classes(rows["train"], sources["train"]["source"]) if training_args.do_train else None
+    tokenizer = load_tokenizer(model_args)
+    model = build_model(model_args, training_args.do_train, tokenizer, num_labels)
+    if "validation" in rows:
+        check_labels(rows["validation"], model.config.num_labels, sources["validation"]["source"])
+    bits = describe_model(model)
+    length = min(data_args.max_seq_length, model.config.max_position_embeddings)
+    features = {split: build_features(texts, tokenizer, length) for split, texts in rows.items()}
+    start_output_dir(training_args, settings, resume)
+    widths = model_args.bit_widths if model_args.random_precision_training else None
+    if widths and training_args.do_train:
+        training_args.ddp_find_unused_parameters = True  # the other widths' adapters get no gradient in a step
+    trainer = ClassificationTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=features.get("train"),
+        eval_dataset=features.get("validation"),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=accuracy_metrics,
+        random_widths=widths,
+    )
+    metrics = run(trainer, resume, training_args, widths)
+    if trainer.is_world_process_zero():
+        record = run_record(
+            model=relative_path(model_args.model_name_or_path),
+            bit_config=bits,
+            metrics=metrics,
+            data=sources,
+            seed=training_args.seed,
+            wall_seconds=time.time() - start,
+            steps=trainer.state.global_step,
+            random_precision_training=widths,
+            dtype="bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32",
+        )
+        write_json_atomic(data_args.record_file or os.path.join(training_args.output_dir, "record.json"), record)
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main()

@@ -1,0 +1,401 @@
+"""adv_attack's scripts end to end on a tiny classifier: training, attack, resume, evaluation, random precision."""
+
+import csv
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import NAMES, ROOT, THINGS, experiment
+
+with experiment("adv_attack"):
+    import adversarial_texts
+    import attack_setup
+    import classifier
+    import eval as attack_eval
+    import random_precision_inference as rpi
+    import text_classification
+    import text_data
+    import whitebox_attack
+
+SMALL = ["--use_cpu", "True", "--disable_tqdm", "True", "--report_to", "none", "--save_strategy", "no"]
+ATTACK = ["--num_samples", "6", "--num_iters", "25", "--lr", "1", "--gumbel_batch", "3", "--gumbel_samples", "5"]
+ATTACK += ["--batch_texts", "4"]
+
+
+def make_rows(count, seed):
+    """Label 1 where somebody has the kite, 0 where somebody has the drum; the rest of the text is noise."""
+    rng, rows = random.Random(seed), []
+    for number in range(count):
+        things = [("drum", "kite")[number % 2], *rng.sample(THINGS[2:], rng.randint(1, 2))]
+        rng.shuffle(things)
+        text = " ".join(f"{name} has the {thing}." for name, thing in zip(rng.sample(NAMES, 3), things))
+        rows.append({"text": text, "label": number % 2})
+    return rows
+
+
+@pytest.fixture(scope="session")
+def text_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for name, count in (("train", 64), ("test", 30)):
+        lines = [json.dumps(row) for row in make_rows(count, name)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return ["--train_file", str(folder / "train.jsonl"), "--validation_file", str(folder / "test.jsonl")]
+
+
+def call(module, *flags):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["x.py", *map(str, flags)])
+        module.main()
+
+
+def read(path):
+    return json.loads(pathlib.Path(path).read_text())
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_model, text_files, tmp_path_factory):
+    """A LoRA classifier (one shared adapter) that has learned the two words."""
+    folder = tmp_path_factory.mktemp("classifier") / "lora"
+    flags = ["--do_train", "--do_eval", "--add_lora", "--learning_rate", "1e-2", "--max_steps", "50"]
+    flags += ["--per_device_train_batch_size", "16", "--output_dir", folder, *SMALL]
+    call(text_classification, "--model_name_or_path", tiny_model, *text_files, *flags)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def attacks(trained, text_files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("attacks")
+    for bits in ("32", "8", "4", "eot"):
+        attack(trained, text_files, folder / bits, "--attack_bits", bits)
+    return folder
+
+
+def attack(trained, text_files, output, *flags):
+    call(whitebox_attack, "--model_name_or_path", trained, *text_files, "--output_dir", output, *ATTACK, *flags)
+    return read(output / "adversarial.json")
+
+
+def test_classifier_learns_and_records_accuracy_with_its_interval(trained):
+    record = read(trained / "record.json")
+    assert record["metrics"]["eval_accuracy"] >= 95
+    assert record["metrics"]["eval_accuracy_low"] < record["metrics"]["eval_accuracy"]
+    assert set(load_file(trained / "model.safetensors")) & {"score.weight"}
+    assert sum(path.stat().st_size for path in trained.glob("model.safetensors")) < 400_000  # no frozen base in it
+
+
+def test_attack_beats_the_classifier_and_the_unoptimized_theta_does_not(trained, attacks, tmp_path):
+    folders = [attacks / bits for bits in ("32", "4", "eot")]
+    call(attack_eval, "--model_name_or_path", trained, "--attack_dirs", *folders, "--output_dir", tmp_path)
+    rows = {(row["attack"][:5], row["inference"], row["texts"]): row for row in read(tmp_path / "record.json")["rows"]}
+    for key in (("W32A3", "W32A32KV32"), ("W4A4K", "W4A4KV4"), ("eot(W", "W8A8KV8")):
+        clean, initial, optimized = (rows[*key, kind] for kind in ("clean", "initial Theta", "optimized"))
+        assert clean["single"]["accuracy"] >= 80 and clean["single"]["n"] == 6
+        assert initial["single"]["accuracy"] == clean["single"]["accuracy"]
+        assert optimized["best_of_n"]["accuracy"] <= 40
+        assert optimized["best_of_n"]["accuracy"] <= optimized["single"]["accuracy"]
+        assert "best_of_n" not in clean and clean["token_error_rate"] == 0
+        assert clean["similarity"] == pytest.approx(1, abs=1e-5) and optimized["similarity"] < 0.999
+        assert optimized["token_error_rate"] > 0
+    table = (tmp_path / "table.md").read_text()
+    assert "best of 5, all" in table and "single, right" in table
+
+
+def test_matrix_random_precision_and_plot(trained, attacks, tmp_path):
+    folders = [attacks / bits for bits in ("32", "8", "4", "eot")]
+    call(rpi, "--model_name_or_path", trained, "--attack_dirs", *folders, "--precision_set", 4, 8,
+         "--bitsandbytes", "nf4", "--repetitions", 20, "--output_dir", tmp_path)  # fmt: skip
+    record = read(tmp_path / "record.json")
+    single = record["matrices"]["single sample"]
+    assert list(single) == ["no attack", "initial Theta", "W32A32KV32", "W8A8KV8", "W4A4KV4", "eot(W4A4KV4+W8A8KV8)"]
+    assert list(single["no attack"])[:3] == ["W32A32KV32", "W4A4KV4", "W8A8KV8"] and len(single["no attack"]) == 4
+    for name, row in record["random_precision"].items():
+        cells = [single[name][bits]["accuracy"] for bits in ("W4A4KV4", "W8A8KV8")]
+        assert row["expected"] == pytest.approx(np.mean(cells))
+        assert row["low"] - 1e-9 <= row["mean"] <= row["high"] + 1e-9  # a mean of equal numbers may round
+        assert row["repeated_queries"]["accuracy"] <= row["low"] + 1e-9
+    cells = [[single[a][b]["accuracy"] for b in ("W4A4KV4", "W8A8KV8")] for a in ("W4A4KV4", "W8A8KV8")]
+    assert record["summary"]["single sample"]["mean_diagonal"] == pytest.approx((cells[0][0] + cells[1][1]) / 2)
+    assert (tmp_path / "matrix.png").stat().st_size > 10_000
+    table = (tmp_path / "table.md").read_text()
+    assert "mean_all" in table and "mean_diagonal" in table and "weight-only" in table
+
+
+def test_two_runs_agree_to_the_last_digit_and_so_does_a_killed_and_resumed_one(
+    trained, text_files, attacks, tmp_path, monkeypatch
+):
+    again = attack(trained, text_files, tmp_path / "again", "--attack_bits", "8")
+    assert again == read(attacks / "8" / "adversarial.json")
+
+    original, calls = whitebox_attack.Attack.run, []
+
+    def killed(self, texts):
+        calls.append(len(texts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(self, texts)
+
+    monkeypatch.setattr(whitebox_attack.Attack, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        attack(trained, text_files, tmp_path / "killed", "--attack_bits", "8")
+    assert not (tmp_path / "killed" / "adversarial.json").exists()
+    assert attack(trained, text_files, tmp_path / "killed", "--attack_bits", "8") == again
+    assert calls == [4, 2, 2]  # the first batch is not attacked again
+    assert attack(trained, text_files, tmp_path / "other", "--attack_bits", "8", "--seed", "1") != again
+
+
+def test_restricted_vocabulary_holds_only_tokens_of_the_training_texts(trained, text_files, tmp_path):
+    result = attack(trained, text_files, tmp_path / "restricted", "--candidate_tokens", "train")
+    assert 20 < result["settings"]["candidates"] < 100
+    assert result["settings"]["initial_probability"] > 0.9999
+    words = {word for row in make_rows(64, "train") for word in row["text"].replace(".", "").split()}
+    samples = [word.strip(".") for text in result["texts"] for sample in text["samples"] for word in sample.split()]
+    assert sum(word in words for word in samples) > 0.6 * len(samples)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--attack_bits", "9"], "9 is not a bit-width"),
+        (["--attack_bits", "eot", "--precision_set", "8"], "--precision_set needs at least two"),
+        (["--attack_bits", "missing.json"], "missing.json: no such bit-width config"),
+        (["--constraint", "bert"], "--constraint bert: allowed are none, cosine"),
+        (["--num_samples", "0"], "--num_samples 0: must be at least 1"),
+        (["--lr", "nan"], "--lr nan: must be a number"),
+        (["--start_index", "30"], "--start_index 30: there are only 30 texts"),
+        (["--lr", "0.2"], r"other settings \(lr: 1.0 then, 0.2 now\)"),
+    ],
+)
+def test_attack_refuses(trained, text_files, attacks, flags, message):
+    output = attacks / "8"
+    with pytest.raises((ValueError, OSError), match=message):
+        call(whitebox_attack, "--model_name_or_path", trained, *text_files, "--output_dir", output, *ATTACK,
+             "--attack_bits", "8", *flags)  # fmt: skip
+
+
+def test_evaluation_refuses_unfinished_other_and_damaged_attacks(trained, text_files, attacks, tmp_path, tiny_model):
+    def evaluate(*folders, model=trained, module=attack_eval, more=()):
+        call(module, "--model_name_or_path", model, "--attack_dirs", *folders, "--output_dir", tmp_path, *more)
+
+    with pytest.raises(FileNotFoundError, match="the attack is not finished"):
+        evaluate(tmp_path)
+    with pytest.raises(ValueError, match="a second attack at W8A8KV8"):
+        evaluate(attacks / "8", attacks / "8")
+    with pytest.raises(ValueError, match="--best_of 6: .* holds 5 samples"):
+        evaluate(attacks / "8", more=["--best_of", "6"])
+    with pytest.raises(ValueError, match="not a classifier of text_classification.py"):
+        evaluate(attacks / "8", model=tiny_model)
+    with pytest.raises(ValueError, match="--precision_set 4: needs at least two"):
+        evaluate(attacks / "8", module=rpi, more=["--precision_set", "4"])
+    with pytest.raises(ValueError, match="--bitsandbytes int3: allowed are 8bit, nf4"):
+        evaluate(attacks / "8", module=rpi, more=["--bitsandbytes", "int3"])
+    other = attack(trained, text_files, tmp_path / "other", "--start_index", "3", "--num_iters", "0")
+    with pytest.raises(ValueError, match="attacked other texts"):
+        evaluate(attacks / "8", tmp_path / "other")
+    (tmp_path / "other" / "adversarial.json").write_text(json.dumps(other)[:-9])
+    with pytest.raises(ValueError, match="adversarial.json: damaged"):
+        evaluate(tmp_path / "other")
+
+
+# ---- numbers by hand
+
+
+def test_published_transfer_matrix_has_the_published_means():
+    """Double-Win Quant, CIFAR-10, PGD-7 at 4 bits: inference bits 3 to 8 in rows, attack bits in columns."""
+    matrix = [
+        [24.4, 54.3, 54.2, 53.8, 53.9, 54.1], [77.1, 46.9, 64.4, 64.8, 64.2, 64.3],
+        [76.3, 62.6, 48.7, 58.6, 58.0, 57.9], [76.4, 62.2, 59.1, 50.0, 55.2, 54.8],
+        [76.2, 62.4, 59.0, 55.7, 50.7, 53.4], [76.3, 62.3, 58.9, 55.8, 53.6, 51.1],
+    ]  # fmt: skip
+    summary = rpi.matrix_summary(matrix)
+    assert [round(summary[f"mean_{key}"], 2) for key in ("all", "diagonal", "off_diagonal")] == [58.66, 45.3, 61.33]
+    with pytest.raises(ValueError, match="rows and columns must be the same precisions"):
+        rpi.matrix_summary(matrix[:3])
+
+
+def test_random_precision_by_hand():
+    # text 0 right at the first precision only, text 1 always, text 2 never
+    correct = np.array([[[True], [True], [False]], [[False], [True], [False]]])
+    result = rpi.random_precision(correct, np.array([[True], [True], [True]]), 400, seed=1)
+    assert result["expected"] == pytest.approx(50)
+    assert result["mean"] == pytest.approx(50, abs=2.5)
+    assert (result["low"], result["high"]) == pytest.approx((100 / 3, 200 / 3))
+    assert result["repeated_queries"]["correct"] == 1
+    assert result["mcnemar"]["only_random_right"] == 0 and result["mcnemar"]["only_full_precision_right"] in (1, 2)
+    assert result == rpi.random_precision(correct, np.array([[True], [True], [True]]), 400, seed=1)
+    two = np.repeat(correct, 2, axis=2)  # two queries a text, each with a draw of its own: (1/4 + 1 + 0) / 3
+    assert rpi.random_precision(two, None, 400, seed=1)["best_of_n_mean"] == pytest.approx(100 * 1.25 / 3, abs=2.5)
+
+
+def test_accuracies_count_clean_errors_as_broken_or_leave_them_out():
+    correct = np.array([[True, False], [True, True], [True, True], [False, True]])
+    result = adversarial_texts.accuracies(correct, np.array([True, True, False, True]))
+    assert {key: (row["correct"], row["n"]) for key, row in result.items()} == {
+        "single": (2, 4), "single_clean_right": (2, 3), "best_of_n": (1, 4), "best_of_n_clean_right": (1, 3)
+    }  # fmt: skip
+
+
+def test_wilson_interval_and_mcnemar_by_hand():
+    row = classifier.accuracy_row([True] * 3 + [False] * 97)
+    centre, half = (3 + 1.96**2 / 2) / (100 + 1.96**2), 1.96 / (100 + 1.96**2) * (3 * 0.97 + 1.96**2 / 4) ** 0.5
+    assert row["interval"] == pytest.approx([100 * (centre - half), 100 * (centre + half)], abs=0.01)
+    assert attack_setup.mcnemar([1, 1, 1, 1, 0], [0, 0, 0, 1, 0]) == pytest.approx(2 / 2**3)
+
+
+def test_edit_distance():
+    assert adversarial_texts.edit_distance("kitten", "sitting") == 3
+    assert adversarial_texts.edit_distance([], [1, 2]) == 2 and adversarial_texts.edit_distance([1], [1]) == 0
+
+
+# ---- random precision training
+
+
+def test_width_of_a_step_is_a_function_of_seed_and_step():
+    widths = [text_classification.width_for_step(step, 42, [8, 4]) for step in range(200)]
+    assert widths == [text_classification.width_for_step(step, 42, [4, 8]) for step in range(200)]
+    assert widths != [text_classification.width_for_step(step, 43, [4, 8]) for step in range(200)]
+    assert 70 < widths.count(4) < 130
+
+
+def rpt(tiny_model, text_files, output, steps, *flags):
+    flags = ["--do_train", "--bit_widths", 4, 8, "--random_precision_training", "--learning_rate", "1e-2",
+             "--lr_scheduler_type", "constant", "--max_steps", steps, *SMALL, *flags]  # fmt: skip
+    call(text_classification, "--model_name_or_path", tiny_model, *text_files, "--output_dir", output, *flags)
+    return load_file(output / "model.safetensors")
+
+
+def test_random_precision_training_moves_the_adapter_of_the_drawn_width_and_resumes_exactly(
+    tiny_model, text_files, tmp_path
+):
+    saving = ["--save_strategy", "steps", "--save_steps", "2", "--do_eval"]
+    whole = rpt(tiny_model, text_files, tmp_path / "whole", 5, *saving)
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    resumed = rpt(tiny_model, text_files, tmp_path / "resumed", 5, *saving, "--resume_from_checkpoint", checkpoint)
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    metrics = read(tmp_path / "whole" / "record.json")["metrics"]
+    assert {"eval_4bit_accuracy", "eval_8bit_accuracy"} <= set(metrics)
+
+    single = rpt(tiny_model, text_files, tmp_path / "single", 1)
+    drawn = str(text_classification.width_for_step(0, 42, [4, 8]))
+    for name, value in single.items():
+        if ".lora_B." in name:
+            assert bool(value.any()) == (name.split(".")[-2] == drawn), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--bit_widths", "4", "8"], "need --random_precision_training"),
+        (["--random_precision_training", "--bit_widths", "4"], "at least two different ones"),
+        (["--bit_widths", "4", "--bit_config", "W4A8"], "both say the bits"),
+        (["--add_lora", "--train_all_weights"], "contradict"),
+        (["--train_file", "missing.jsonl"], "missing.jsonl: no such file"),
+    ],
+)
+def test_training_refuses(tiny_model, text_files, tmp_path, flags, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        call(text_classification, "--model_name_or_path", tiny_model, *text_files, "--do_train",
+             "--output_dir", tmp_path / "out", *SMALL, *flags)  # fmt: skip
+
+
+# ---- data
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "x", "label": 0}\n{"text": "y"}\n', r'a.jsonl, line 2: no "label"; found text'),
+        ("a.jsonl", '{"text": "", "label": 0}\n', r'line 1: "text" = "": allowed is a text'),
+        ("a.jsonl", '{"text": "x", "label": -1}\n', r'line 1: "label" = -1: allowed are the integers'),
+        ("a.jsonl", '{"text": "x", "label": 0.5}\n', r'"label" = 0.5: allowed are the integers'),
+        ("a.jsonl", '{"text": "x", "label": true}\n', r'"label" = true: allowed are the integers'),
+        ("a.jsonl", '{"text": "x", "label": 0}\n{"text"\n', r"a.jsonl, line 2: not a JSON object"),
+        ("a.jsonl", "[1]\n", r"line 1: want an object with text and label, found list"),
+        ("a.jsonl", "\n", r"a.jsonl: no rows in it"),
+        ("a.csv", "text,class\nx,0\n", r'a.csv, line 2: no "label"; found text, class'),
+        ("a.csv", "text,label\nx,positive\n", r'"label" = "positive": allowed are the integers'),
+        ("a.txt", "x", r"a.txt: allowed are .jsonl, .json, .csv"),
+    ],
+)
+def test_data_faults_name_file_line_and_key(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        text_data.read_text_file(str(tmp_path / name))
+
+
+def test_csv_and_json_lines_give_the_same_rows(tmp_path):
+    rows = [{"text": 'with "quotes", commas\nand a line', "label": 1}, {"text": "plain", "label": 0}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "label"])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert text_data.read_text_file(str(tmp_path / "a.csv")) == rows
+    assert text_data.read_text_file(str(tmp_path / "a.jsonl")) == rows
+
+
+def test_labels_must_be_complete_and_known():
+    with pytest.raises(ValueError, match="labels .0, 2.: the labels must be 0 to K-1"):
+        text_data.number_of_classes([{"label": 0}, {"label": 2}], "train.jsonl")
+    with pytest.raises(ValueError, match="test.jsonl, row 2: label 2: the classifier has 0 to 1"):
+        text_data.check_labels([{"label": 1}, {"label": 2}], 2, "test.jsonl")
+
+
+# ---- shell scripts and the quick start's data
+
+
+def test_shell_scripts_run_from_anywhere_and_pass_flags_last(tmp_path):
+    stub = tmp_path / "bin"
+    stub.mkdir()
+    for name in ("python3", "torchrun"):
+        (stub / name).write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" >> "$ARGS_FILE"\n')
+        (stub / name).chmod(0o755)
+    data = {"TRAIN_FILE": "my train.jsonl", "VALIDATION_FILE": "v.jsonl", "NPROC_PER_NODE": "1"}
+    environment = os.environ | data | {"PATH": f"{stub}:{os.environ['PATH']}", "MODEL": "m"}
+
+    def words(script, *flags, **more):
+        (tmp_path / "args").unlink(missing_ok=True)
+        command = ["bash", str(ROOT / "adv_attack" / script), *flags]
+        subprocess.run(command, cwd="/", env=environment | {"ARGS_FILE": str(tmp_path / "args")} | more, check=True)
+        return (tmp_path / "args").read_text().split("\0")[:-1]
+
+    types = (text_classification.ModelArguments, text_classification.TrainingTextArguments)
+    train = words("train.sh", "--max_seq_length", "9")
+    parser = text_classification.HfArgumentParser([*types, text_classification.TrainingArguments])
+    _, texts, _ = parser.parse_args_into_dataclasses(train[train.index("--model_name_or_path") :])
+    assert texts.train_file == "my train.jsonl" and texts.max_seq_length == 9
+
+    found = words("attack.sh", "--attack_bits", "eot", "--num_samples", "7")
+    types = (attack_setup.ClassifierArguments, text_classification.TextArguments, whitebox_attack.AttackArguments)
+    parser = text_classification.HfArgumentParser(types)
+    _, _, args = parser.parse_args_into_dataclasses(found[1:])
+    assert args.attack_bits == "eot" and args.num_samples == 7 and args.output_dir.endswith("results/attack_eot")
+    assert words("attack.sh", ATTACK_BITS="x/mine.json")[-1].endswith("results/attack_mine")
+
+    found = words("eval.sh", "--repetitions", "3", ATTACK_DIRS="a b")
+    at = found.index(str(ROOT / "adv_attack" / "random_precision_inference.py"))
+    parser = text_classification.HfArgumentParser((attack_setup.ClassifierArguments, rpi.RandomPrecisionArguments))
+    _, args = parser.parse_args_into_dataclasses(found[at + 1 :])
+    assert args.attack_dirs == ["a", "b"] and args.repetitions == 3
+
+
+def test_topics_are_the_same_every_time_and_share_no_name(tmp_path):
+    for name in ("one", "two"):
+        command = [sys.executable, ROOT / "quickstart" / "make_topics.py", "--output_dir", tmp_path / name]
+        subprocess.run([*map(str, command), "--train_texts", "90", "--test_texts", "30"], check=True)
+    for file in ("train.jsonl", "test.jsonl"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    train, test = (text_data.read_text_file(str(tmp_path / "one" / file)) for file in ("train.jsonl", "test.jsonl"))
+    assert text_data.number_of_classes(train, "train") == 3 and len(train) == 90 and len(test) == 30
+    seen = " ".join(row["text"] for row in train)
+    first = [
+        " ".join(row["text"].split()[:2]) for row in test if not row["text"].startswith(("This", "Here", "The", "A f"))
+    ]
+    assert first and not any(name in seen for name in first)

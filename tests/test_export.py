@@ -1,0 +1,200 @@
+"""The deployable form: what is in the file, what comes back, what is refused."""
+
+import json
+import os
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from conftest import experiment
+from models.exported import save_exported, served_widths
+from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering, QuantGPT2LMHeadModel
+
+HYBRID = {"default": 8, "transformer.h.1.*": 4}
+
+
+@pytest.fixture
+def model(tiny_model):
+    """Adapters of 4 and 8 bits with B != 0, and embeddings that float16 holds exactly."""
+    torch.manual_seed(1)
+    model = QuantGPT2ForQuestionAnswering.from_pretrained(tiny_model)
+    model.add_lora([4, 8], r=2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    for module in (model.transformer.wte, model.transformer.wpe):
+        module.weight.data = module.weight.data.half().float()
+    return model
+
+
+def export(model, folder, *configs):
+    resolved = []
+    for config in configs:
+        with model.bit_config(config) as found:
+            resolved.append(found)
+    return save_exported(model, folder, served_widths(resolved), resolved[0])
+
+
+def logits(model, config=None):
+    if config is not None:
+        model.set_bit_config(config)
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        return model(input_ids=ids).start_logits
+
+
+def test_same_logits_at_every_assignment_of_the_served_widths(model, tmp_path):
+    export(model, tmp_path, 8, 4)
+    exported = QuantGPT2ForQuestionAnswering.from_pretrained(tmp_path)
+    assert torch.equal(logits(exported), logits(model, 8))
+    for config in (4, HYBRID, "W4A8KV8", "W8A32KV32"):
+        assert torch.equal(logits(exported, config), logits(model, config))
+    assert not torch.equal(logits(model, 4), logits(model, 8))
+
+
+def test_integer_execution_of_an_exported_model(model, tmp_path):
+    export(model, tmp_path, HYBRID)
+    exported = QuantGPT2ForQuestionAnswering.from_pretrained(tmp_path)
+    exported.set_execution("integer")
+    torch.testing.assert_close(logits(exported), logits(model, HYBRID), rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_come_back_rounded_to_float16(tiny_model, tmp_path):
+    model = QuantGPT2ForQuestionAnswering.from_pretrained(tiny_model)
+    export(model, tmp_path, 8)
+    exported = QuantGPT2ForQuestionAnswering.from_pretrained(tmp_path)
+    assert torch.equal(exported.transformer.wte.weight, model.transformer.wte.weight.half().float())
+    assert not torch.equal(exported.transformer.wte.weight, model.transformer.wte.weight)
+
+
+def test_the_file_holds_what_the_configs_need_and_no_float_weights(model, tmp_path):
+    parts = export(model, tmp_path, HYBRID)
+    state = load_file(tmp_path / "model.safetensors")
+    for name, (out, inp) in model.layer_shapes().items():
+        bits = 4 if ".h.1." in name else 8
+        assert f"{name}.weight" not in state
+        codes = {key: state[key] for key in state if key.startswith(f"{name}.codes.")}
+        assert list(codes) == [f"{name}.codes.{bits}"]
+        assert codes[f"{name}.codes.{bits}"].nbytes == out * inp * bits // 8
+        assert state[f"{name}.scale.{bits}"].shape == (out, 1)
+        assert f"{name}.lora_A.{bits}.weight" in state and f"{name}.lora_A.{12 - bits}.weight" not in state
+    weights = sum(out * inp for out, inp in model.layer_shapes().values())
+    assert parts["codes"] == weights * 6 // 8  # half of the blocks at 8, half at 4 bits
+    assert parts["embeddings"] == 2 * (model.transformer.wte.weight.numel() + model.transformer.wpe.weight.numel())
+    assert sum(parts.values()) == sum(tensor.nbytes for tensor in state.values())
+
+
+def test_widths_that_were_left_out_are_refused(model, tmp_path):
+    export(model, tmp_path, HYBRID)
+    exported = QuantGPT2ForQuestionAnswering.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"transformer\.h\.0\.attn\.c_attn.*w_bits = 4"):
+        exported.set_bit_config(4)
+    with pytest.raises(ValueError, match="float weights were dropped"):
+        exported.save_pretrained(tmp_path / "again")
+
+
+def test_language_model_keeps_its_tied_head(tiny_model, tmp_path):
+    model = QuantGPT2LMHeadModel.from_pretrained(tiny_model)
+    model.transformer.wte.weight.data = model.transformer.wte.weight.data.half().float()
+    model.transformer.wpe.weight.data = model.transformer.wpe.weight.data.half().float()
+    export(model, tmp_path, 4)
+    exported = QuantGPT2LMHeadModel.from_pretrained(tmp_path)
+    ids = torch.arange(10).view(1, 10)
+    model.set_bit_config(4)
+    with torch.no_grad():
+        assert torch.equal(exported(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert exported.lm_head.weight is exported.transformer.wte.weight
+
+
+def test_float_layers_cannot_be_exported(model):
+    with model.bit_config({"default": 8, "transformer.h.1.mlp.*": {"w_bits": 8}}) as fine:
+        served_widths([fine])
+    broken = {**fine, "transformer.h.1.mlp.c_fc": {"w_bits": 16, "a_bits": 8}}
+    with pytest.raises(ValueError, match=r'"transformer\.h\.1\.mlp\.c_fc"\.w_bits = 16 .* 2 to 8 bits'):
+        served_widths([fine, broken])
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape", "truncated"])
+def test_a_damaged_file_is_refused(model, tmp_path, fault):
+    export(model, tmp_path, 8)
+    path, key = tmp_path / "model.safetensors", "transformer.h.0.mlp.c_fc.codes.8"
+    state = load_file(path)
+    if fault == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        state[key] = state[key][:-1].clone()
+        if fault == "missing":
+            del state[key]
+        save_file(state, path)
+    expected = {"missing": f"no {key}", "shape": "codes at 8 bits are", "truncated": "damaged or truncated"}[fault]
+    with pytest.raises(ValueError, match=expected):
+        QuantGPT2ForQuestionAnswering.from_pretrained(tmp_path)
+
+
+# ---- the script
+
+
+@pytest.fixture
+def checkpoint(model, tiny_model, tmp_path):
+    """Adapter checkpoint as run_qa.py leaves it."""
+    folder = tmp_path / "checkpoint"
+    model.set_base(tiny_model)
+    model.transformer.wte.weight.data.copy_(load_file(f"{tiny_model}/model.safetensors")["transformer.wte.weight"])
+    model.transformer.wpe.weight.data.copy_(load_file(f"{tiny_model}/model.safetensors")["transformer.wpe.weight"])
+    model.set_base(tiny_model)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if os.path.exists(f"{tiny_model}/{name}"):
+            shutil.copy(f"{tiny_model}/{name}", folder)
+    return folder
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """The script's main, in this process."""
+    with experiment("switch_precision"):
+        import export
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, words)])
+        export.main()
+
+    return run
+
+
+def test_script_writes_a_folder_that_opens_and_a_record(checkpoint, script, capsys, tmp_path):
+    out = tmp_path / "out"
+    script("--model_name_or_path", checkpoint, "--output_dir", out)
+    record = json.loads((out / "export.json").read_text())
+    size = sum(path.stat().st_size for path in out.iterdir() if path.name != "export.json")
+    assert record["metrics"]["all_files_bytes"] == size and f"{size / 1e6:.3f} MB" in capsys.readouterr().out
+    assert record["bit_config"]["exported_widths"]["transformer.h.0.attn.c_attn"] == [4, 8]
+    exported = QuantGPT2ForQuestionAnswering.from_pretrained(out)
+    assert exported.config.trained_bit_configs == ["8", "4"] and not exported.config.base_model_name_or_path
+    assert not [path for path in out.iterdir() if path.name.startswith(".saving")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "--output_dir is missing"),
+        (("--output_dir", "CHECKPOINT"), "is the checkpoint itself"),
+        (("--output_dir", "OUT", "--head", "GPT2Model"), "--head GPT2Model: allowed are"),
+        (("--output_dir", "OUT", "--bit_configs", "5"), "w_bits = 5"),
+        (("--output_dir", "OUT", "--bit_configs", "none.json"), "none.json: no such bit-width config"),
+        (("--output_dir", "USED"), "holds a checkpoint: pass --overwrite_output_dir"),
+    ],
+)
+def test_script_refuses(checkpoint, script, tmp_path, flags, message):
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "config.json").write_text("{}")
+    places = {"CHECKPOINT": checkpoint, "OUT": tmp_path / "out", "USED": used}
+    with pytest.raises((ValueError, OSError), match=re.escape(message)):
+        script("--model_name_or_path", checkpoint, *(places.get(flag, flag) for flag in flags))
+    assert not (tmp_path / "out").exists() and (used / "config.json").read_text() == "{}"
