@@ -1,7 +1,8 @@
-"""Table and plot of the quick start's records.
+"""Table and plot of the quick start's records; the table of an attack on real text.
 
 python quickstart/report.py --records quickstart/work/records --output_dir quickstart/work
 python quickstart/report.py --records results/quickstart --output_dir results --readme README.md
+python quickstart/report.py --attack results/adv_attack/plain_rpi.json --readme README.md
 """
 
 import argparse
@@ -60,6 +61,46 @@ def switchable_table(record):
     return "\n".join(lines)
 
 
+def cyclic_table(record):
+    """Markdown of cpt's evaluation: one cyclically trained adapter at every width."""
+    cells = [f"{row['exact_match']:.1f}" for row in record["rows"]]
+    names = [row["config"] for row in record["rows"]]
+    return "\n".join(
+        [
+            f"| one adapter, trained cyclically (CPT), served at | {' | '.join(names)} |",
+            "|---" * (len(names) + 1) + "|",
+            f"| EM | {' | '.join(cells)} |",
+        ]
+    )
+
+
+def attack_table(record, kinds=None):
+    """Markdown of adv_attack's random_precision_inference.py: accuracy by attack and by inference precision."""
+    tables = []
+    for kind, matrix in record["matrices"].items():
+        if kinds and kind not in kinds:
+            continue
+        columns = list(next(iter(matrix.values())))
+        count = next(iter(next(iter(matrix.values())).values()))["n"]
+        own = kind == "single sample"  # random precision is drawn per query: only there it has a mean and a spread
+        more = ["random precision (s.d. of draws)", "McNemar p"] if own else []
+        header = [f"accuracy [95 %] on {count} texts, {kind}; attacked at", *columns, *more]
+        lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+        for attack, cells in matrix.items():
+            found = ["{:.1f} [{:.1f}, {:.1f}]".format(cell["accuracy"], *cell["interval"]) for cell in cells.values()]
+            if own:
+                random = record["random_precision"][attack]
+                found += [f"{random['mean']:.1f} ({random['std']:.1f})", f"{random['mcnemar']['median']:.2g}"]
+            lines.append(f"| {attack} | {' | '.join(found)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def quick_attack_table(record):
+    """The part of it that the quick start shows: its best-of-N rows are near zero everywhere."""
+    return attack_table(record, ["single sample"])
+
+
 def plot(rows, path):
     """EM and F1 of every row as bars."""
     figure, axes = plt.subplots(figsize=(9, 0.5 * len(rows) + 1.6), layout="constrained")
@@ -87,14 +128,26 @@ def write_into(readme, text, name):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--records", type=Path, required=True, help="folder of the run records")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where quickstart.md and quickstart.png go")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--records", type=Path, help="folder of the run records")
+    source.add_argument("--attack", type=Path, help="record of random_precision_inference.py on real text")
+    parser.add_argument("--output_dir", type=Path, help="with --records: where quickstart.md and quickstart.png go")
     parser.add_argument("--readme", type=Path, help="also put the table into this file, between its markers")
     args = parser.parse_args()
+    if args.attack:
+        text = f"{attack_table(json.loads(args.attack.read_text()))}\n"
+        if args.readme:
+            write_into(args.readme, text, "attack")
+        print(text)
+        return
+    if not args.output_dir:
+        parser.error("--records needs --output_dir")
     rows = read_rows(args.records)
     text = f"{NOTICE}\n\n{table(rows)}\n"
-    if (args.records / "switch_eval.json").exists():
-        text += f"\n{switchable_table(json.loads((args.records / 'switch_eval.json').read_text()))}\n"
+    tables = {"switch_eval": switchable_table, "cpt_eval": cyclic_table, "attack_rpi": quick_attack_table}
+    for name, make in tables.items():
+        if (args.records / f"{name}.json").exists():
+            text += f"\n{make(json.loads((args.records / f'{name}.json').read_text()))}\n"
     (args.output_dir / "quickstart.md").write_text(text)
     plot(rows, args.output_dir / "quickstart.png")
     if args.readme:

@@ -22,7 +22,7 @@ cd "$root"  # records show commands and paths relative to here
 
 # Results of other code are not this code's results.
 mkdir -p "$work"
-code="$(cat quickstart/*.py quickstart/run.sh quickstart/*.json {base_model,switch_precision}/{*.py,*.sh,models/*.py} | sha256sum | cut -d ' ' -f 1)-$seed"
+code="$(cat quickstart/*.py quickstart/run.sh quickstart/*.json {base_model,switch_precision,cpt,adv_attack}/{*.py,*.sh,models/*.py} | sha256sum | cut -d ' ' -f 1)-$seed"
 if [[ "$(cat "$work/code" 2>/dev/null || true)" != "$code" ]]; then
     rm -rf -- "$work/runs" "$work/records"
     echo "$code" >"$work/code"
@@ -44,7 +44,7 @@ run() { # run NAME FOLDER/SCRIPT MODEL FLAGS...: one run with its record, unless
     done_already "$name" || MODEL="$model" OUTPUT_DIR="$work/runs/$name" bash "$root/$script" \
         "${common[@]}" --record_file "$work/records/$name.json" "$@"
 }
-training=(--max_steps 500 --logging_steps 50 --eval_strategy no --save_steps 250)
+training=(--max_steps 400 --logging_steps 50 --eval_strategy no --save_steps 250)
 
 # base_model: full fine-tuning, LoRA, post-training quantization, LoRA trained at one width
 run full_fp32 base_model/train.sh "$work/model" "${training[@]}" --learning_rate 1e-3
@@ -57,7 +57,7 @@ run static_w4 base_model/train.sh "$work/model" "${training[@]}" --bit_widths 4
 
 # switch_precision: one model for 4 and 8 bits; which layers need 8 is measured on training questions
 joint="$work/runs/switch_train"
-run switch_train switch_precision/train.sh "$work/model" "${training[@]}" --bit_widths 4 8 --max_steps 400
+run switch_train switch_precision/train.sh "$work/model" "${training[@]}" --bit_widths 4 8
 on_training_questions=(--measure_split train --train_file "$TRAIN_FILE" --max_train_samples 300)
 run sensitivity switch_precision/sweep.sh "$joint" "${on_training_questions[@]}"
 done_already search || python switch_precision/search.py "${common[@]}" --model_name_or_path "$joint" \
@@ -66,6 +66,31 @@ done_already search || python switch_precision/search.py "${common[@]}" --model_
     --output "$work/runs/found_6bits.json" --output_dir "$work/runs/search" --record_file "$work/records/search.json"
 run switch_eval switch_precision/eval.sh "$joint" \
     --bit_configs 8 quickstart/hybrid_4blocks.json "$work/runs/found_6bits.json" W4A8KV8 4
+
+# cpt: one adapter for all widths, trained while the bits cycle from 4 to 8
+run cpt_train cpt/train.sh "$work/model" "${training[@]}" --num_cyclic_period 16 --per_device_train_batch_size 16 \
+    --learning_rate 3e-3 --lr_scheduler_type cosine
+run cpt_eval cpt/eval.sh "$work/runs/cpt_train" --eval_bit_widths 8 7 6 5 4
+
+# adv_attack: a topic classifier, attacked at several precisions; does a random precision at inference protect it?
+python quickstart/make_topics.py --output_dir "$work/topics"
+topics=(--train_file "$work/topics/train.jsonl" --validation_file "$work/topics/test.jsonl")
+classifier="$work/runs/topic_lora"
+done_already topic_lora || MODEL="$work/model" OUTPUT_DIR="$classifier" bash adv_attack/train.sh "${topics[@]}" \
+    --add_lora --max_steps 40 --learning_rate 3e-3 --logging_steps 20 --report_to none --seed "$seed" \
+    --record_file "$work/records/topic_lora.json"
+attacks=()
+for bits in 32 8 4 random eot; do
+    done_already "attack_$bits" || MODEL="$classifier" OUTPUT_DIR="$work/runs/attack_$bits" bash adv_attack/attack.sh \
+        "${topics[@]}" --attack_bits "$bits" --precision_set 4 8 --num_samples 24 --num_iters 30 --lr 0.5 --lam_sim 20 \
+        --kappa 3 --gumbel_batch 2 --gumbel_samples 10 --seed "$seed" --record_file "$work/records/attack_$bits.json"
+    attacks+=("$work/runs/attack_$bits")
+done
+done_already attack_eval || python adv_attack/eval.py --model_name_or_path "$classifier" \
+    --attack_dirs "${attacks[@]}" --output_dir "$work/runs/attack_eval" --record_file "$work/records/attack_eval.json"
+done_already attack_rpi || python adv_attack/random_precision_inference.py --model_name_or_path "$classifier" \
+    --attack_dirs "${attacks[@]}" --precision_set 4 8 --bitsandbytes 8bit nf4 --seed "$seed" \
+    --output_dir "$work/runs/attack_rpi" --record_file "$work/records/attack_rpi.json"
 
 python quickstart/report.py --records "$work/records" --output_dir "$work"
 echo "plot of the search: $work/runs/search/pareto.png"

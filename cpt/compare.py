@@ -1,0 +1,141 @@
+"""Table of compare.sh: EM and F1 of static and cyclic training at equal updates, over seeds, with the training cost.
+
+python compare.py --runs results/compare --seeds 42 43 44
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from cyclic_precision_trainer import training_cost
+from record import relative_path, write_json_atomic
+
+LABELS = {
+    "static4": "static, 4 bits",
+    "static8": "static, 8 bits",
+    "cpt": "cyclic (CPT)",
+    "joint": "joint (switchable precision)",
+}
+METRICS = {"exact_match": "EM", "f1": "F1"}
+
+
+def load(path):
+    """JSON of a file that an earlier step must have left."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        sys.exit(f"error: {path} is not there: let compare.sh finish, and pass the seeds that it ran")
+
+
+def check_comparable(records):
+    """Refuse runs that differ in more than seed and bits. records: {name: record}."""
+    (first, expected), *others = records.items()
+    for name, record in others:
+        for key in ("training", "data", "dtype", "model"):
+            if record[key] != expected[key]:
+                sys.exit(f"error: {first} and {name} differ in {key}: {expected[key]} and {record[key]}")
+
+
+def joint_cost(settings):
+    """Cost of one joint step relative to a float32 step: the sum of its passes, None where they vary over the run.
+
+    A mixed pass draws the width of every layer evenly, so that its expected cost is the mean over the widths.
+    settings: run_settings.json of the joint run.
+    """
+    varying = (settings["bit_configs"], settings["curriculum"], settings["sample_widths"])
+    if settings["objective"] != "joint" or any(varying):
+        return None
+    widths = sorted(settings["bit_widths"])
+    passes = [[32]] * settings["teacher"] + [[widths[-1]]]
+    if len(widths) > 1:
+        passes += [widths] * settings["num_mixed_configs"] + [[widths[0]]]
+    return sum(training_cost(bits)["total"] for bits in passes)
+
+
+def spread(values):
+    return {"mean": sum(values) / len(values), "min": min(values), "max": max(values), "values": values}
+
+
+def summarize(label, records, steps, cost, mean_bits):
+    """One row. records: those of its seeds."""
+    metrics = [record["metrics"] for record in records]
+    names = [key.removeprefix("eval_f1_") for key in metrics[0] if key.startswith("eval_f1_")]
+    scores = {
+        name: {metric: spread([found[f"eval_{metric}_{name}"] for found in metrics]) for metric in METRICS}
+        for name in sorted(names)
+    }
+    return {
+        "training": label,
+        "runs": len(records),
+        "steps": steps,
+        "mean_bits": mean_bits,
+        "relative_cost": cost,
+        "scores": scores,
+    }
+
+
+def table(rows, metric):
+    """Markdown: a row a training, a column a width."""
+    names = sorted({name for row in rows for name in row["scores"]})
+    lines = [
+        f"| {METRICS[metric]} | runs | updates | " + " | ".join(names) + " | cost |",
+        "|---" * (len(names) + 4) + "|",
+    ]
+    for row in rows:
+        cells = []
+        for name in names:
+            found = row["scores"].get(name, {}).get(metric)
+            cells.append(f"{found['mean']:.1f} ({found['min']:.1f}-{found['max']:.1f})" if found else "-")
+        cost = "-" if row["relative_cost"] is None else f"{row['relative_cost']:.4f}"
+        lines.append(f"| {row['training']} | {row['runs']} | {row['steps']} | {' | '.join(cells)} | {cost} |")
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, required=True, help="OUTPUT_DIR of compare.sh")
+    parser.add_argument("--seeds", nargs="+", required=True, help="the seeds it ran")
+    parser.add_argument("--joint", help="the jointly trained checkpoint it evaluated; SEED stands for a seed")
+    args = parser.parse_args()
+
+    names = {kind: [f"{kind}_{seed}" for seed in args.seeds] for kind in ("static4", "static8", "cpt")}
+    records = {name: load(args.runs / name / "record.json") for group in names.values() for name in group}
+    check_comparable(records)
+    rows = []
+    for kind, group in names.items():
+        found = [records[name] for name in group]
+        cost, bits = found[0]["training_cost"]["total"], found[0]["cyclic"]["mean_bits"]
+        rows.append(summarize(LABELS[kind], found, found[0]["steps"], cost, bits))
+    if args.joint:
+        seeds = args.seeds if "SEED" in args.joint else args.seeds[:1]
+        names["joint"] = [f"joint_{seed}" for seed in seeds] if "SEED" in args.joint else ["joint"]
+        settings = load(Path(args.joint.replace("SEED", seeds[0])) / "run_settings.json")
+        found = [load(args.runs / name / "record.json") for name in names["joint"]]
+        rows.append(summarize(LABELS["joint"], found, settings["max_steps"], joint_cost(settings), None))
+
+    training = records["cpt_" + args.seeds[0]]["training"]
+    caption = (
+        f"{training['max_steps']} updates of {training['windows_per_step']} windows, learning rate "
+        f"{training['learning_rate']:g} ({training['lr_scheduler_type']}), seeds {' '.join(args.seeds)}: mean "
+        "(min-max). Cost: BitOPs of a step by CPT's model, 1 for float32; joint: its passes together, and updates, "
+        "batch and learning rate of its own."
+    )
+    lines = [*table(rows, "exact_match"), "", *table(rows, "f1"), "", caption]
+    print("\n".join(lines), flush=True)
+    content = {
+        "caption": caption,
+        "training": training,
+        "cyclic": records["cpt_" + args.seeds[0]]["cyclic"],
+        "data": records["cpt_" + args.seeds[0]]["data"],
+        "seeds": args.seeds,
+        "rows": rows,
+        "records": [
+            relative_path(str(args.runs / name / "record.json")) for group in names.values() for name in group
+        ],
+    }
+    write_json_atomic(args.runs / "summary.json", content)
+
+
+if __name__ == "__main__":
+    main()

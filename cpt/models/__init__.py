@@ -1,0 +1,1 @@
+# Copied from base_model/models/__init__.py

@@ -1,0 +1,137 @@
+# Copied from base_model/trainer_qa.py
+"""The Trainer of all question-answering experiments: span post-processing, EM/F1 on every rank, exact resume.
+
+Training itself is Hugging Face's Trainer. Added: evaluate/predict turn logits into text and score it on every rank (so
+that `--metric_for_best_model f1` works under torchrun), and a loss that is not finite stops the run before the
+optimizer uses it.
+"""
+
+import json
+import os
+import re
+import time
+
+import torch
+from transformers import Trainer
+from transformers.trainer_utils import EvalPrediction, speed_metrics
+
+from models.bit_config import short_name
+from record import write_json_atomic
+from utils_qa import postprocess_qa_predictions
+
+CHECKPOINT_FILES = ("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+class QuestionAnsweringTrainer(Trainer):
+    """Trainer whose evaluation set is (examples, features), as `utils_qa` makes them.
+
+    Args:
+        eval_examples: rows with id, context and answers that belong to `eval_dataset` (the features).
+        compute_metrics: maps EvalPrediction({id: text}, {id: [gold text, ...]}) to {"exact_match", "f1"}.
+        n_best_size, max_answer_length: see `postprocess_qa_predictions`.
+        configs: [(name, config)] that `evaluate` scores; without any, the model as it is.
+    """
+
+    loss_is_scaled_for_ga = False  # the model returns the mean of its batch
+
+    def __init__(self, *args, eval_examples=None, n_best_size=20, max_answer_length=30, configs=(), **kwargs):
+        super().__init__(*args, **kwargs)
+        self.eval_examples, self.configs = eval_examples, configs
+        self.n_best_size, self.max_answer_length = n_best_size, max_answer_length
+
+    def _run_epoch(self, *args, **kwargs):
+        """Trainer resumes from its very last checkpoint with one step too many; here it ends at once."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.stop_unless_finite(loss)
+        return loss
+
+    def stop_unless_finite(self, loss):
+        """Raise before the optimizer step when the loss is NaN or infinite; what is on disk stays as it is."""
+        if not torch.isfinite(loss):
+            config = self.accelerator.unwrap_model(self.model).config.bit_config
+            saved = last_complete_checkpoint(self.args.output_dir)
+            raise FloatingPointError(
+                f"loss is {loss.item()} at step {self.state.global_step + 1} (bit config: {short_name(config)}); "
+                f"last good checkpoint: {saved or 'none yet'}. Try a lower --learning_rate or --bf16 instead of --fp16"
+            )
+
+    def evaluate(self, eval_dataset=None, eval_examples=None, ignore_keys=None, metric_key_prefix="eval"):
+        """EM/F1 of `eval_dataset` (features) on every rank; rank 0 writes `<prefix>_predictions.json` and n-best.
+
+        With configs: EM/F1 of each (`eval_f1_W8A8KV8`) and their means (`eval_f1`); predictions in a file per config.
+        """
+        features = self.eval_dataset if eval_dataset is None else eval_dataset
+        examples = self.eval_examples if eval_examples is None else eval_examples
+        start, scores = time.time(), {}
+
+        def score(prefix):
+            texts, _ = self._predict_texts(features, examples, ignore_keys, prefix)
+            return self._score(texts, examples, metric_key_prefix)
+
+        for name, config in self.configs:
+            with self.accelerator.unwrap_model(self.model).bit_config(config):
+                scores[name] = score(f"{metric_key_prefix}_{name}")
+        metrics = {f"{key}_{name}": value for name, found in scores.items() for key, value in found.items()}
+        passes = list(scores.values()) or [score(metric_key_prefix)]
+        metrics |= {key: sum(found[key] for found in passes) / len(passes) for key in passes[0]}
+        metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(examples) * len(passes))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict(self, predict_dataset, predict_examples, ignore_keys=None, metric_key_prefix="test"):
+        """({id: text}, metrics); the metrics are empty where the examples have no answers."""
+        predictions, _ = self._predict_texts(predict_dataset, predict_examples, ignore_keys, metric_key_prefix)
+        has_answers = all(answers["text"] for answers in predict_examples["answers"])
+        return predictions, self._score(predictions, predict_examples, metric_key_prefix) if has_answers else {}
+
+    def _predict_texts(self, features, examples, ignore_keys, prefix):
+        output = self.evaluation_loop(
+            self.get_eval_dataloader(features),
+            description=f"Evaluation ({prefix})",
+            prediction_loss_only=False,
+            ignore_keys=ignore_keys,
+            metric_key_prefix=prefix,
+        )
+        # Closes the progress bar of this evaluation; the next one would go on counting in it.
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)
+        texts, nbest = postprocess_qa_predictions(
+            examples, features, output.predictions, self.n_best_size, self.max_answer_length
+        )
+        if self.is_world_process_zero():
+            write_json_atomic(os.path.join(self.args.output_dir, f"{prefix}_predictions.json"), texts)
+            write_json_atomic(os.path.join(self.args.output_dir, f"{prefix}_nbest_predictions.json"), nbest)
+        return texts, output
+
+    def _score(self, predictions, examples, prefix):
+        references = {row["id"]: row["answers"]["text"] for row in examples}
+        scores = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=references))
+        return {f"{prefix}_{name}": value for name, value in scores.items()}
+
+
+def last_complete_checkpoint(output_dir):
+    """Newest `checkpoint-N` with all its files, None without one: a killed run may leave a half-written folder."""
+    steps = []
+    for name in os.listdir(output_dir) if os.path.isdir(output_dir) else ():
+        if (match := re.fullmatch(r"checkpoint-(\d+)", name)) and is_complete(os.path.join(output_dir, name)):
+            steps.append(int(match[1]))
+    return os.path.join(output_dir, f"checkpoint-{max(steps)}") if steps else None
+
+
+def is_complete(checkpoint):
+    """True when the checkpoint has every file that a resume needs. The trainer's state is written last."""
+    files = set(os.listdir(checkpoint))
+    if not set(CHECKPOINT_FILES) <= files or not any(name.startswith("rng_state") for name in files):
+        return False
+    try:
+        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+            json.load(file)
+    except json.JSONDecodeError:
+        return False
+    return True
