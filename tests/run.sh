@@ -9,6 +9,7 @@ cd "$root"
 
 export HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # the tiny models of the tests lose time to more threads
+# PYTEST_WORKERS: processes that share the tests (default 2; 0 runs them in this one, as --pdb needs)
 export PATH="$venv/bin:$PATH"
 python tests/check_copies.py
 ruff check --extend-exclude "$venv" .
@@ -16,4 +17,4 @@ while IFS= read -r -d "" script; do
     bash -n "$script"
 done < <(find . -type d \( -name ".?*" -o -exec test -e "{}/pyvenv.cfg" \; \) -prune -o -name "*.sh" -print0)
 bash -n .ci/run
-python -m pytest "$@"
+python -m pytest -n "${PYTEST_WORKERS:-2}" --dist loadscope "$@"

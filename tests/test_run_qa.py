@@ -246,6 +246,14 @@ def test_refused_before_any_compute(flags, message, run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_training_on_integers_learns_the_same_and_says_so(run, tmp_path):
+    fake = run("--bit_widths", "8", out="fake")["metrics"]
+    integer = run("--bit_widths", "8", "--execution", "integer", "--backward_dtype", "bf16", out="integer")["metrics"]
+    assert integer["train_loss"] == pytest.approx(fake["train_loss"], rel=1e-2) and integer["train_loss"] > 0
+    settings = json.loads((tmp_path / "integer" / "run_settings.json").read_text())
+    assert settings["execution"] == "integer" and settings["backward_dtype"] == "bf16"
+
+
 def test_nothing_to_do(run, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["run_qa.py", "--output_dir", str(tmp_path / "out")])
     with pytest.raises(ValueError, match="nothing to do"):

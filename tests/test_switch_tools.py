@@ -29,6 +29,7 @@ with experiment("switch_precision"):
     import run_qa_eval
     import search
     import sensitivity
+    from models import integer as integer_products
     from models.bit_config import describe_bit_config
     from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
     from utils_qa import prepare_train_features, prepare_validation_features
@@ -101,6 +102,17 @@ def count(monkeypatch):
 
 
 # ---- evaluation of many configs
+
+
+def test_execution_on_integers_is_the_default_and_gives_the_answers_of_fake_quantization(run, count):
+    products = count(integer_products, "int_mm")
+    integer = rows_of(run(run_qa_eval, "--bit_configs", "8", "W4A8KV8", out="integer"))
+    assert products
+    del products[:]
+    assert rows_of(run(run_qa_eval, "--bit_configs", "8", "W4A8KV8", "--execution", "fake", out="fake")) == integer
+    assert not products
+    with pytest.raises(ValueError, match="execution = 'int4': allowed are integer, fake"):
+        run(run_qa_eval, "--execution", "int4", out="refused")
 
 
 def test_table_equals_single_evaluations_with_one_load_and_one_tokenization(run, count, bank, squad_files, tmp_path):
