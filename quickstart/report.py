@@ -1,8 +1,9 @@
-"""Table and plot of the quick start's records; the table of an attack on real text.
+"""Table and plot of the quick start's records; README tables of an attack on real text and of the benchmark.
 
 python quickstart/report.py --records quickstart/work/records --output_dir quickstart/work
 python quickstart/report.py --records results/quickstart --output_dir results --readme README.md
 python quickstart/report.py --attack results/adv_attack/plain_rpi.json --readme README.md
+python quickstart/report.py --benchmark results/benchmark.json --readme README.md
 """
 
 import argparse
@@ -101,6 +102,18 @@ def quick_attack_table(record):
     return attack_table(record, ["single sample"])
 
 
+def benchmark_table(record):
+    """Markdown of switch_precision's benchmark.py: speed against float32, a column a shape."""
+    cells = {}
+    for row in record["rows"]:
+        ratio = f"{row['ratio']:.2f} ({row['ratio_min']:.2f} - {row['ratio_max']:.2f})"
+        cells.setdefault((row["label"], row["config"] or ""), {})[row["shape"]] = ratio
+    shapes = list(next(iter(cells.values())))
+    lines = [f"| speed / float32 (min - max) | bits | {' | '.join(shapes)} |", "|---" * (len(shapes) + 2) + "|"]
+    lines += [f"| {' | '.join(key)} | {' | '.join(found[s] for s in shapes)} |" for key, found in cells.items()]
+    return "\n".join(lines)
+
+
 def plot(rows, path):
     """EM and F1 of every row as bars."""
     figure, axes = plt.subplots(figsize=(9, 0.5 * len(rows) + 1.6), layout="constrained")
@@ -131,15 +144,17 @@ def main():
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--records", type=Path, help="folder of the run records")
     source.add_argument("--attack", type=Path, help="record of random_precision_inference.py on real text")
+    source.add_argument("--benchmark", type=Path, help="record of switch_precision/benchmark.py")
     parser.add_argument("--output_dir", type=Path, help="with --records: where quickstart.md and quickstart.png go")
     parser.add_argument("--readme", type=Path, help="also put the table into this file, between its markers")
     args = parser.parse_args()
-    if args.attack:
-        text = f"{attack_table(json.loads(args.attack.read_text()))}\n"
-        if args.readme:
-            write_into(args.readme, text, "attack")
-        print(text)
-        return
+    for name, path, make in (("attack", args.attack, attack_table), ("benchmark", args.benchmark, benchmark_table)):
+        if path:
+            text = f"{make(json.loads(path.read_text()))}\n"
+            if args.readme:
+                write_into(args.readme, text, name)
+            print(text)
+            return
     if not args.output_dir:
         parser.error("--records needs --output_dir")
     rows = read_rows(args.records)

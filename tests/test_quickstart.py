@@ -68,12 +68,30 @@ def test_readme_table_and_plot_come_from_the_records(tmp_path):
     assert (tmp_path / "quickstart.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("report.py", "--attack", "adv_attack/plain_rpi.json"),
+        ("report.py", "--benchmark", "benchmark.json"),
+        ("seeds.py", "--summary", "quickstart_seeds.json"),
+    ],
+    ids=lambda words: words[-1],
+)
+def test_other_readme_tables_come_from_their_records(words, tmp_path):
+    script, flag, record = words
+    readme = tmp_path / "README.md"
+    readme.write_text((ROOT / "README.md").read_text())
+    done = run(script, flag, ROOT / "results" / record, "--readme", readme)
+    assert done.returncode == 0, done.stderr
+    assert readme.read_text() == (ROOT / "README.md").read_text(), f"run quickstart/{script} {flag} --readme README.md"
+
+
 def test_report_without_records_is_one_clear_error(tmp_path):
     done = run("report.py", "--records", tmp_path, "--output_dir", tmp_path)
     assert done.returncode == 1 and "run bash quickstart/run.sh first" in done.stderr
 
 
 def test_records_carry_no_absolute_path():
-    for path in RESULTS.glob("*.json"):
+    for path in (ROOT / "results").rglob("*.json"):
         words = [word for word in json.dumps(json.loads(path.read_text())).split('"') if word.startswith("/")]
         assert not words, (path.name, words[:3])

@@ -738,7 +738,6 @@ def metric_case():
 def test_metric_module_from_another_folder(tmp_path, monkeypatch, metric_case):
     import evaluate  # here, because it takes seconds
 
-    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.chdir(tmp_path)
     metric = evaluate.load(str(REPO / "base_model" / "squad_metric"), keep_in_memory=True)
     predictions, references, expected = metric_case
