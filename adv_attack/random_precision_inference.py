@@ -185,7 +185,7 @@ def draw_matrix(matrices, rpi, path):
         for (row, column), value in np.ndenumerate(values):
             colour = "white" if value < 60 else "black"
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
-    figure.colorbar(image, ax=panels, label="accuracy (%), clean errors count as broken")
+    figure.colorbar(image, ax=panels, label="accuracy (%)")
     temporary = f"{path}.tmp.png"
     figure.savefig(temporary, dpi=130)
     plt.close(figure)
