@@ -321,7 +321,7 @@ def start_output_dir(args, settings):
 
 
 def attack_all(attack, texts, args):
-    """({position: row}, seconds of the attack itself, of all runs of the command). One file a batch, so a killed run resumes."""
+    """({position: row}, seconds of the attack over all runs). One file a batch, so a killed run resumes."""
     batches = make_batches([len(text["tokens"]) for text in texts], len(attack.candidates), args)
     rows, seconds = {}, 0.0
     with tqdm(total=len(texts), desc=f"attack at {args.attack_bits}", unit="text") as bar:
