@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 
 from models.bit_config import SHORT_FORM, short_name
 from models.modeling_gpt2_quant import QuantGPT2ForSequenceClassification, QuantGPT2LMHeadModel
-from text_classification import option
+from text_classification import open_model, option
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -38,17 +38,7 @@ class ClassifierArguments:
 
 def load_classifier(model_args, tokenizer):
     """The trained classifier, in evaluation mode and without gradients of its own weights."""
-    options = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
-    if model_args.attn_implementation:
-        options["attn_implementation"] = model_args.attn_implementation
-    model = QuantGPT2ForSequenceClassification.from_pretrained(
-        model_args.model_name_or_path, base_model_name_or_path=model_args.base_model_name_or_path, **options
-    )
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the embedding of {model_args.model_name_or_path} "
-            f"{model.config.vocab_size}: they do not belong together (--tokenizer_name)"
-        )
+    model = open_model(QuantGPT2ForSequenceClassification, model_args, tokenizer)
     if model.config.architectures != ["QuantGPT2ForSequenceClassification"]:
         raise ValueError(
             f"{model_args.model_name_or_path}: not a classifier of text_classification.py; train one first (train.sh)"

@@ -264,22 +264,41 @@ def load_tokenizer(model_args):
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"  # positions of answers are counted from the start of a window
     return tokenizer
 
 
-def build_model(model_args, cyclic_args, training, tokenizer, to_config):
-    """(model at the highest width, [(name, config)] to evaluate); `to_config`: bits -> short form."""
+# Copied from base_model/run_qa.py:open_model
+def open_model(model_class, model_args, tokenizer, training=False, **overrides):
+    """The model of --model_name_or_path, complete with its adapters.
+
+    Raises ValueError for a tokenizer that is not the model's, and for training on an exported checkpoint.
+    """
     options = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
     if model_args.attn_implementation:
         options["attn_implementation"] = model_args.attn_implementation
-    model = QuantGPT2ForQuestionAnswering.from_pretrained(
-        model_args.model_name_or_path, base_model_name_or_path=model_args.base_model_name_or_path, **options
+    model = model_class.from_pretrained(
+        model_args.model_name_or_path,
+        base_model_name_or_path=model_args.base_model_name_or_path,
+        **options,
+        **overrides,
     )
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the embedding of {model_args.model_name_or_path} "
             f"{model.config.vocab_size}: they do not belong together (--tokenizer_name)"
         )
+    if training and model.config.exported_widths:
+        raise ValueError(
+            f"{model_args.model_name_or_path} is an exported checkpoint without float weights: it can be evaluated; "
+            "train the checkpoint that it was made from"
+        )
+    return model
+
+
+def build_model(model_args, cyclic_args, training, tokenizer, to_config):
+    """(model at the highest width, [(name, config)] to evaluate); `to_config`: bits -> short form."""
+    model = open_model(QuantGPT2ForQuestionAnswering, model_args, tokenizer, training)
     low, high = cyclic_args.bit_widths
     evaluated = list(dict.fromkeys(cyclic_args.eval_bit_widths or (low, high)))
     if training and not model.config.lora_bank:

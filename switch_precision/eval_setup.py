@@ -6,7 +6,7 @@ import os
 
 from models.bit_config import SHORT_FORM, short_name
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
-from run_qa import option
+from run_qa import open_model, option
 
 
 @dataclasses.dataclass
@@ -28,18 +28,8 @@ class CheckpointArguments:
 
 
 def load_model(model_args, tokenizer, model_class=QuantGPT2ForQuestionAnswering):
-    """The checkpoint, complete with its adapters."""
-    options = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
-    if model_args.attn_implementation:
-        options["attn_implementation"] = model_args.attn_implementation
-    model = model_class.from_pretrained(
-        model_args.model_name_or_path, base_model_name_or_path=model_args.base_model_name_or_path, **options
-    )
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the embedding of {model_args.model_name_or_path} "
-            f"{model.config.vocab_size}: they do not belong together (--tokenizer_name)"
-        )
+    """The checkpoint, ready to be evaluated."""
+    model = open_model(model_class, model_args, tokenizer)
     model.set_execution(model_args.execution or "integer")
     return model
 

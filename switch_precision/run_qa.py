@@ -113,6 +113,10 @@ class ObjectiveArguments:
     )
     distill_temperature: float = option(2.0, "temperature of --distill_loss kl, whose gradient scale is kept by T^2")
 
+    def __post_init__(self):
+        if self.distill_weight is None:
+            self.distill_weight = 1.0 if self.objective == "sequential" else 0.25
+
 
 # Copied from base_model/run_qa.py:DataTrainingArguments
 @dataclasses.dataclass
@@ -181,8 +185,6 @@ def check_args(model_args, objective_args, training_args):
     }.items():
         if getattr(objective_args, flag) not in allowed:
             raise ValueError(f"--{flag} {getattr(objective_args, flag)}: allowed are {', '.join(allowed)}")
-    if objective_args.distill_weight is None:
-        objective_args.distill_weight = 1.0 if objective_args.objective == "sequential" else 0.25
     for flag in ("num_mixed_configs", "sample_widths", "distill_weight"):
         if getattr(objective_args, flag) < 0:
             raise ValueError(f"--{flag} {getattr(objective_args, flag)}: must not be negative")
@@ -262,6 +264,7 @@ def load_tokenizer(model_args):
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"  # positions of answers are counted from the start of a window
     return tokenizer
 
 
@@ -286,19 +289,37 @@ def target_configs(model_args, shapes):
     return sorted(targets.items(), key=average_bits, reverse=True)
 
 
-def build_model(model_args, objective_args, training, tokenizer):
-    """(model with its bank and at its highest config, [(name, resolved config)] to train and evaluate)."""
+# Copied from base_model/run_qa.py:open_model
+def open_model(model_class, model_args, tokenizer, training=False, **overrides):
+    """The model of --model_name_or_path, complete with its adapters.
+
+    Raises ValueError for a tokenizer that is not the model's, and for training on an exported checkpoint.
+    """
     options = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
     if model_args.attn_implementation:
         options["attn_implementation"] = model_args.attn_implementation
-    model = QuantGPT2ForQuestionAnswering.from_pretrained(
-        model_args.model_name_or_path, base_model_name_or_path=model_args.base_model_name_or_path, **options
+    model = model_class.from_pretrained(
+        model_args.model_name_or_path,
+        base_model_name_or_path=model_args.base_model_name_or_path,
+        **options,
+        **overrides,
     )
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the embedding of {model_args.model_name_or_path} "
             f"{model.config.vocab_size}: they do not belong together (--tokenizer_name)"
         )
+    if training and model.config.exported_widths:
+        raise ValueError(
+            f"{model_args.model_name_or_path} is an exported checkpoint without float weights: it can be evaluated; "
+            "train the checkpoint that it was made from"
+        )
+    return model
+
+
+def build_model(model_args, objective_args, training, tokenizer):
+    """(model with its bank and at its highest config, [(name, resolved config)] to train and evaluate)."""
+    model = open_model(QuantGPT2ForQuestionAnswering, model_args, tokenizer, training)
     targets = target_configs(model_args, model.layer_shapes())
     teacher = [32] if training and objective_args.teacher else []
     if training and not model.config.lora_bank:

@@ -36,10 +36,12 @@ def quantize_with_bitsandbytes(model, method):
         model: a QuantGPT2... model; its own bits are ignored, its active adapters stay.
         method: "8bit" or "nf4".
     Raises:
-        ValueError: other methods. ImportError: bitsandbytes is not installed.
+        ValueError: other methods, a model without float weights. ImportError: bitsandbytes is not installed.
     """
     if method not in METHODS:
         raise ValueError(f"bitsandbytes method {method!r}: allowed are {', '.join(METHODS)}")
+    if model.config.exported_widths:
+        raise ValueError("bitsandbytes quantizes float weights, and an exported checkpoint has none")
     try:
         import bitsandbytes as bnb
     except ImportError as error:
