@@ -61,6 +61,12 @@ class QuestionAnsweringTrainer(Trainer):
                 f"last good checkpoint: {saved or 'none yet'}. Try a lower --learning_rate or --bf16 instead of --fp16"
             )
 
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """Without the padding mask: padding is on the right, where causal attention does not look, its own logits are
+        not read, and attention without a mask takes half of the time."""
+        inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
     def evaluate(self, eval_dataset=None, eval_examples=None, ignore_keys=None, metric_key_prefix="eval"):
         """EM/F1 of `eval_dataset` (features) on every rank; rank 0 writes `<prefix>_predictions.json` and n-best.
 

@@ -1,6 +1,6 @@
 """The peers of benchmark.py: how each is built, and the memory it takes.
 
-Ours ("fake", "integer", "integer_compiled") run the checkpoint at a bit config with the adapters of its bank. The
+Ours ("fake", "integer") run the checkpoint at a bit config with the adapters of its bank. The
 others carry the same base and head without adapters, which is in their favour: "fp32" and "bf16" are transformers'
 GPT-2 as shipped; torchao and onnxruntime quantize that model (without its KV cache, which nothing reads);
 bitsandbytes' layers sit in this repository's GPT-2, which is faster than the stock one outside the linears.
@@ -51,7 +51,6 @@ OTHERS = {
 OURS = {
     "fake": ("ours, fake quantization", {"execution": "fake"}),
     "integer": ("ours, integer", {"execution": "integer"}),
-    "integer_compiled": ("ours, integer, compiled passes", {"execution": "integer", "compile": True}),
 }
 TRAINING = {  # one step of adapters and head
     "fp32": ("float32 + LoRA, nothing quantized", {"execution": "fake"}),
@@ -59,7 +58,7 @@ TRAINING = {  # one step of adapters and head
     "integer": ("ours, integer", {"execution": "integer"}),
     "integer_bf16": ("ours, integer, bf16 backward", {"execution": "integer", "backward_dtype": "bf16"}),
 }
-COMPILED = ("integer_compiled", "torchao_compiled")
+COMPILED = ("torchao_compiled",)  # by torch.compile
 
 
 @dataclass

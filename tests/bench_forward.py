@@ -1,7 +1,7 @@
 """Time of one evaluation forward: float32 transformers GPT-2 against fake and integer quantization with LoRA.
 
     python tests/bench_forward.py                   # GPT-2 124M size, random weights, batch 8 x 384; about 4 minutes
-    python tests/bench_forward.py --torch_compile   # also with compiled passes, and whole models under torch.compile
+    python tests/bench_forward.py --torch_compile   # also whole models under torch.compile
     python tests/bench_forward.py --profile         # also where the time of the W8A8 forward goes
 
 The variants run in turn, round by round, so that a machine that changes speed changes all of them; printed are the
@@ -19,24 +19,19 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import GPT2Config, GPT2ForQuestionAnswering
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "base_model"))
-from models import integer  # noqa: E402
+from models import integer, kernels  # noqa: E402
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering  # noqa: E402
 from record import run_record, write_json_atomic  # noqa: E402
 
 REFERENCE = "float32 transformers, eager"
 
 
-PARTS = {
-    "quantize tokens": "quantize_rows",
-    "integer product": "int_mm",
-    "rescale": "rescale",
-    "quantize K and V": "fake_quantize_kv_",
-}
-OPERATORS = {
-    "LoRA": ("aten::mm", "aten::addmm_"),
-    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_flash_attention_forward"),
-    "GELU, residual stream and the like": ("aten::sigmoid_", "aten::gelu", "aten::add"),
-    "LayerNorm": ("aten::native_layer_norm",),
+PARTS = {  # (module, function) of ours: what it does
+    (kernels, "quantize_rows"): "quantize tokens, LoRA A",
+    (integer, "int_mm"): "integer product",
+    (kernels, "finish_rows"): "rescale, bias, LoRA B, quantize K and V",
+    (kernels, "causal_attention"): "attention",
+    (kernels, "gelu"): "GELU",
 }
 
 
@@ -50,20 +45,20 @@ def shares(call):
 
         return wrapper
 
-    functions = {name: getattr(integer, name) for name in PARTS.values()}
+    functions = {place: getattr(*place) for place in PARTS}
     try:
-        for part, name in PARTS.items():
-            setattr(integer, name, recorded(part, functions[name]))
+        for place, part in PARTS.items():
+            setattr(*place, recorded(part, functions[place]))
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             call()
     finally:
-        vars(integer).update(functions)
+        for place, function in functions.items():
+            setattr(*place, function)
     events = {event.key: event for event in profiler.key_averages()}
     total = sum(event.self_cpu_time_total for event in events.values())
-    found = {part: events[part].cpu_time_total for part in PARTS if part in events}
-    own = {name: event.self_cpu_time_total for name, event in events.items() if name not in PARTS}
-    found |= {part: sum(own.get(name, 0) for name in names) for part, names in OPERATORS.items()}
-    operators = dict(sorted(own.items(), key=lambda item: -item[1])[:15])
+    found = {part: events[part].cpu_time_total for part in PARTS.values() if part in events}
+    own = {name: event.self_cpu_time_total for name, event in events.items() if name not in PARTS.values()}
+    operators = dict(sorted(own.items(), key=lambda item: -item[1])[:10])
     return {name: round(100 * value / total, 1) for name, value in (found | operators).items()}
 
 
@@ -87,25 +82,24 @@ def main():
     stock = GPT2ForQuestionAnswering(config).to(args.device).eval()
     bank, plain = (QuantGPT2ForQuestionAnswering(config).to(args.device).eval() for _ in range(2))
     bank.add_lora([4, 8])
-    # name: (model, bits, execution, options of set_execution)
+    # name: (model, bits, execution)
     variants = {
-        REFERENCE: (stock, None, None, {}),
-        "fake W8A8KV8 + LoRA": (bank, 8, "fake", {}),
-        "integer W8A8KV8 + LoRA": (bank, 8, "integer", {}),
-        "integer W4A8KV8 + LoRA": (bank, "W4A8KV8", "integer", {}),
-        "integer W4A4KV4 + LoRA": (bank, 4, "integer", {}),
-        "integer W8A8KV8": (plain, 8, "integer", {}),
+        REFERENCE: (stock, None, None),
+        "fake W8A8KV8 + LoRA": (bank, 8, "fake"),
+        "integer W8A8KV8 + LoRA": (bank, 8, "integer"),
+        "integer W4A8KV8 + LoRA": (bank, "W4A8KV8", "integer"),
+        "integer W4A4KV4 + LoRA": (bank, 4, "integer"),
+        "integer W8A8KV8": (plain, 8, "integer"),
     }
     if args.torch_compile:
-        variants["integer W8A8KV8 + LoRA, compiled passes"] = (bank, 8, "integer", {"compile": True})
-        variants["float32 transformers, torch.compile"] = (torch.compile(stock), None, None, {})
-        variants["integer W8A8KV8 + LoRA, torch.compile"] = (torch.compile(bank), 8, "integer", {})
+        variants["float32 transformers, torch.compile"] = (torch.compile(stock), None, None)
+        variants["integer W8A8KV8 + LoRA, torch.compile"] = (torch.compile(bank), 8, "integer")
     ids = torch.randint(0, config.vocab_size, (args.batch_size, args.length), device=args.device)
 
-    def forward(model, bits, execution, options):
+    def forward(model, bits, execution):
         if bits is not None:
             model.set_bit_config(bits)
-            model.set_execution(execution, **options)
+            model.set_execution(execution)
         if args.device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -131,6 +125,9 @@ def main():
     for name, percent in parts.items():
         print(f"{name:<60}{percent:>6.1f} %")
 
+    without_lora = rows["integer W8A8KV8"]["seconds"] / rows["integer W8A8KV8 + LoRA"]["seconds"]
+    print(f"LoRA's share of the integer forward: {100 * (1 - without_lora):.1f} %")
+
     # Memory of the linears' weights without the float weights; dropping these is final, so it comes last.
     floats = sum(4 * out * inp for out, inp in plain.layer_shapes().values())
     memory = {}
@@ -143,7 +140,12 @@ def main():
         record = run_record(
             model=f"GPT-2, {args.layers} blocks, random weights",
             bit_config=None,
-            metrics={"variants": rows, "percent": parts, "weight_memory": memory},
+            metrics={
+                "variants": rows,
+                "percent": parts,
+                "lora_percent": 100 * (1 - without_lora),
+                "weight_memory": memory,
+            },
             data={},
             seed=0,
             wall_seconds=time.time() - started,

@@ -7,6 +7,7 @@
 A whole-file copy has `# Copied from base_model/utils_qa.py` as its first line (below the shebang, if there is one).
 A copied top-level function or class has `# Copied from base_model/run_qa.py:parse_args` directly above it.
 A line that begins with these words is always a marker. Copies of copies and renamed copies are refused.
+In a C file // stands for #.
 """
 
 import argparse
@@ -17,8 +18,8 @@ import re
 from collections import namedtuple
 from pathlib import Path
 
-ATTEMPT = re.compile(r"\s*#+\s*copied from\b", re.IGNORECASE)
-MARKER = re.compile(r"# Copied from ((?:[\w-]+/)*[\w-]+\.(?:py|sh))(?:(?<=\.py):(\w+))?")
+ATTEMPT = re.compile(r"\s*(?:#+|//)\s*copied from\b", re.IGNORECASE)
+MARKER = re.compile(r"(?:#|//) Copied from ((?:[\w-]+/)*[\w-]+\.(?:py|sh|c))(?:(?<=\.py):(\w+))?")
 WANTED = "want '# Copied from DIR/FILE' as the first line, or '# Copied from DIR/FILE.py:NAME' directly above NAME"
 REPAIR = "Repair: python tests/check_copies.py --fix   (or --promote FILE, if the edit in the copy FILE is right)"
 Copy = namedtuple("Copy", "path source name")  # both paths are relative to the root; name is None for a whole file
@@ -66,7 +67,7 @@ def declared(root, path, index):
     """The copy that the marker in line `index` declares; ValueError where it or its original cannot be used."""
     lines = read(root / path)
     match = MARKER.fullmatch(lines[index])
-    source, name = match.groups() if match and match[1][-3:] == path[-3:] else (None, None)
+    source, name = match.groups() if match and Path(match[1]).suffix == Path(path).suffix else (None, None)
     placed = spans(root / path).get(name, (0,))[0] == index + 1 if name else index == whole_marker(lines)
     if not source or not placed:
         raise ValueError(f"malformed marker at line {index + 1}: {WANTED}")
@@ -87,7 +88,7 @@ def check(root):
         # A folder with config.json is a saved model, which may ship a snapshot of the model code.
         skip = {f for f in folders for m in ("pyvenv.cfg", "config.json") if Path(folder, f, m).exists()}
         folders[:] = sorted(f for f in folders if f not in skip and not re.match(r"\.|tests$", f))
-        for file in sorted(Path(folder, n) for n in names if n.endswith((".py", ".sh"))):
+        for file in sorted(Path(folder, n) for n in names if n.endswith((".py", ".sh", ".c"))):
             path, lines = file.relative_to(root).as_posix(), read(file)
             found = [i for i, line in enumerate(lines) if ATTEMPT.match(line)]
             # In a whole-file copy, the markers further down belong to the original.

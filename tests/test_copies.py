@@ -41,10 +41,13 @@ EXPECTED = {
         "base_model/run_qa.py:plain_errors",
     ],
     "adv_attack/models/__init__.py": ["base_model/models/__init__.py"],
+    "adv_attack/models/attention.py": ["base_model/models/attention.py"],
     "adv_attack/models/bit_config.py": ["base_model/models/bit_config.py"],
     "adv_attack/models/bitsandbytes_ptq.py": ["base_model/models/bitsandbytes_ptq.py"],
     "adv_attack/models/exported.py": ["base_model/models/exported.py"],
     "adv_attack/models/integer.py": ["base_model/models/integer.py"],
+    "adv_attack/models/kernels.c": ["base_model/models/kernels.c"],
+    "adv_attack/models/kernels.py": ["base_model/models/kernels.py"],
     "adv_attack/models/kv_cache.py": ["base_model/models/kv_cache.py"],
     "adv_attack/models/modeling_gpt2_quant.py": ["base_model/models/modeling_gpt2_quant.py"],
     "adv_attack/models/quantization.py": ["base_model/models/quantization.py"],
@@ -75,10 +78,13 @@ EXPECTED = {
     "cpt/trainer_qa.py": ["base_model/trainer_qa.py"],
     "cpt/utils_qa.py": ["base_model/utils_qa.py"],
     "cpt/models/__init__.py": ["base_model/models/__init__.py"],
+    "cpt/models/attention.py": ["base_model/models/attention.py"],
     "cpt/models/bit_config.py": ["base_model/models/bit_config.py"],
     "cpt/models/bitsandbytes_ptq.py": ["base_model/models/bitsandbytes_ptq.py"],
     "cpt/models/exported.py": ["base_model/models/exported.py"],
     "cpt/models/integer.py": ["base_model/models/integer.py"],
+    "cpt/models/kernels.c": ["base_model/models/kernels.c"],
+    "cpt/models/kernels.py": ["base_model/models/kernels.py"],
     "cpt/models/kv_cache.py": ["base_model/models/kv_cache.py"],
     "cpt/models/modeling_gpt2_quant.py": ["base_model/models/modeling_gpt2_quant.py"],
     "cpt/models/quantization.py": ["base_model/models/quantization.py"],
@@ -106,10 +112,13 @@ EXPECTED = {
     "switch_precision/trainer_qa.py": ["base_model/trainer_qa.py"],
     "switch_precision/utils_qa.py": ["base_model/utils_qa.py"],
     "switch_precision/models/__init__.py": ["base_model/models/__init__.py"],
+    "switch_precision/models/attention.py": ["base_model/models/attention.py"],
     "switch_precision/models/bit_config.py": ["base_model/models/bit_config.py"],
     "switch_precision/models/bitsandbytes_ptq.py": ["base_model/models/bitsandbytes_ptq.py"],
     "switch_precision/models/exported.py": ["base_model/models/exported.py"],
     "switch_precision/models/integer.py": ["base_model/models/integer.py"],
+    "switch_precision/models/kernels.c": ["base_model/models/kernels.c"],
+    "switch_precision/models/kernels.py": ["base_model/models/kernels.py"],
     "switch_precision/models/kv_cache.py": ["base_model/models/kv_cache.py"],
     "switch_precision/models/modeling_gpt2_quant.py": ["base_model/models/modeling_gpt2_quant.py"],
     "switch_precision/models/quantization.py": ["base_model/models/quantization.py"],
@@ -197,6 +206,16 @@ def test_one_edit_is_found_at_its_line_and_fix_restores_the_exact_text(repo, pat
     assert code == 0 and output.endswith("7 copies in sync\n")
     assert f"{path} (discarded)" in output
     assert snapshot(repo) == before
+
+
+def test_copies_of_c_files(repo):
+    original, copy = repo / "base_model/models/kernels.c", repo / "cpt/models/kernels.c"
+    original.write_text("/* doc */\nint x;\n")
+    copy.write_text("// Copied from base_model/models/kernels.c\n/* doc */\nint x;\n")
+    assert run(repo) == (0, "8 copies in sync\n")
+    edit(repo, "cpt/models/kernels.c", "x;", "y;")
+    assert faults(repo) == ["- cpt/models/kernels.c: copy does not match base_model/models/kernels.c at line 3"]
+    assert run(repo, "--fix")[0] == 0 and copy.read_text().endswith("int x;\n")
 
 
 def test_an_edited_original_reaches_all_its_copies(repo):

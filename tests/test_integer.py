@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import models.integer as integer
+import models.kernels as kernels
 import models.modeling_gpt2_quant as modeling
-from models.integer import integer_linear, pack_int4, quantize_rows, unpack_int4
+from models.integer import integer_linear, pack_int4, unpack_int4
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering, QuantLinear, TanhGELU
 from models.quantization import quantize
 from test_modeling import C_ATTN, C_FC, MLP_PROJ, batch, loss_of, tiny_config
@@ -48,6 +49,13 @@ def make_layer(inp=24, out=36, kv=True, lora=True, seed=0):
     layer.weight.requires_grad_(False)
     layer.bias.requires_grad_(False)
     return layer
+
+
+@pytest.fixture(params=["compiled", "operators"])
+def passes(request, monkeypatch):
+    """Both ways to compute what is around the product: kernels.c, and torch's operators."""
+    if request.param == "operators":
+        monkeypatch.setattr(kernels, "can_take", lambda *tensors: False)
 
 
 def both(layer, x):
@@ -93,21 +101,20 @@ def test_codes_that_need_more_than_four_bits_are_refused():
 # ---- one layer
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("passes", [integer, kernels], ids=lambda module: module.__name__)
 @pytest.mark.parametrize("bits", BITS)
-def test_codes_are_bit_identical(bits, compiled):
+def test_codes_are_bit_identical(bits, passes):
     x = torch.randn(300, 37, generator=torch.Generator().manual_seed(bits)) * torch.logspace(-8, 8, 300)[:, None]
     x[::3, 0] = x[::3].abs().amax(-1) / 2  # exact ties
     x[7], x[8] = 0, 1e-44
-    codes, scale = quantize_rows(
-        x, bits, integer._compiled(integer._round_codes) if compiled else integer._round_codes
-    )
+    codes, scale, low_rank = passes.quantize_rows(x, bits)
+    assert low_rank.shape == (300, 0)
     expected_codes, expected_scale = quantize(x, bits)
     assert torch.equal(codes, expected_codes) and torch.equal(scale, expected_scale)
 
 
 @pytest.mark.parametrize(("w_bits", "a_bits"), list(itertools.product(BITS, BITS)))
-def test_layer_agrees_with_fake_quantization(w_bits, a_bits):
+def test_layer_agrees_with_fake_quantization(w_bits, a_bits, passes):
     layer = make_layer(kv=False)
     layer.w_bits, layer.a_bits = w_bits, a_bits
     for tokens in (1, 3, 17):
@@ -116,7 +123,7 @@ def test_layer_agrees_with_fake_quantization(w_bits, a_bits):
 
 
 @pytest.mark.parametrize(("inp", "out"), [(1, 3), (7, 9), (33, 12), (64, 192)])
-def test_odd_shapes_zero_rows_kv_bits_and_more_than_one_piece(inp, out, monkeypatch):
+def test_odd_shapes_zero_rows_kv_bits_and_more_than_one_piece(inp, out, passes, monkeypatch):
     monkeypatch.setattr(integer, "ROWS", 8)
     layer = make_layer(inp, out)
     x = torch.randn(2, 21, inp)

@@ -29,6 +29,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from . import attention, kernels
 from .bit_config import has_kv, resolve_bit_config
 from .exported import WEIGHTS_NAME, take_codes
 from .integer import PACKED_BITS, ROWS, integer_linear, is_supported, pack_int4, unpack_int4
@@ -48,7 +49,7 @@ class QuantLinear(nn.Module):
 
     `w_bits`, `a_bits`, `kv_bits` are state of the module, set by `set_bit_config`. The adapter reads the unquantized x
     (QLoRA's order); `w_bits` selects it. K and V are the last two thirds of `attn.c_attn`'s output.
-    `execution`, `backward_dtype`, `compiled`: see `set_execution` of the model.
+    `execution`, `backward_dtype`: see `set_execution` of the model.
     """
 
     def __init__(self, in_features, out_features, with_kv=False):
@@ -61,7 +62,7 @@ class QuantLinear(nn.Module):
         self.w_bits, self.a_bits, self.kv_bits = 32, 32, 32 if with_kv else None
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()  # peft's names; keys "4", "8", ... or "shared"
         self.lora_scaling = 0.0
-        self.execution, self.backward_dtype, self.compiled = "fake", None, False
+        self.execution, self.backward_dtype = "fake", None
         self._quantized, self._quantized_from = {}, None  # {w_bits: (codes, packed up to 4 bits; scale)}
 
     @classmethod
@@ -178,7 +179,7 @@ class QuantLinear(nn.Module):
             return fake_quantize_kv_(y, self.kv_bits).view(shape)
         lora = None if key is None else (self.lora_A[key].weight, self.lora_B[key].weight, self.lora_scaling)
         weight = self.quantized_weight()
-        return integer_linear(x, *weight, self.bias, self.a_bits, lora, self.kv_bits, self.compiled).view(shape)
+        return integer_linear(x, *weight, self.bias, self.a_bits, lora, self.kv_bits).view(shape)
 
     def _product(self, x):
         """Q(x) Q(W)^T + b with its gradients."""
@@ -197,14 +198,21 @@ class QuantLinear(nn.Module):
 
 
 class TanhGELU(nn.Module):
-    """GPT-2's gelu_new: 0.5 x (1 + tanh(u)) with u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    """GPT-2's gelu_new: 0.5 x (1 + tanh(u)) with u = sqrt(2 / pi) (x + 0.044715 x^3). `execution`: see
+    `set_execution` of the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.execution = "fake"
 
     def forward(self, x):
+        if self.execution == "integer" and kernels.can_take(x):
+            return kernels.gelu(x.reshape(-1, x.shape[-1])).view(x.shape)
         if torch.is_grad_enabled() or x.is_cuda or x.dtype != torch.float32:
             return F.gelu(x, approximate="tanh")
         # The same as x sigmoid(2 u); on a CPU sigmoid costs a tenth of tanh.
-        double_slope = 2 * math.sqrt(2 / math.pi)
-        return (x * x).mul_(double_slope * 0.044715).add_(double_slope).mul_(x).sigmoid_().mul_(x)
+        slope = 2 * math.sqrt(2 / math.pi)
+        return torch.addcmul(x.new_tensor(slope), x, x, value=slope * 0.044715).mul_(x).sigmoid_().mul_(x)
 
 
 class PiecewiseMLP(nn.Module):
@@ -330,14 +338,14 @@ class QuantGPT2Mixin:
 
     # ---- execution
 
-    def set_execution(self, execution, backward_dtype="fp32", compile=False):
+    def set_execution(self, execution, backward_dtype="fp32"):
         """How layers with w_bits <= 8 and a_bits <= 8 compute their product; the others always run in float.
 
         Args:
             execution: "fake" (the default of a model): quantize, dequantize, float product. "integer": int8 codes
-                and `torch._int_mm`, also in the forward pass of training; a trainable weight stays "fake".
+                and `torch._int_mm`, also in the forward pass of training; a trainable weight stays "fake". On a CPU
+                GELU and attention of evaluation in float32 are compiled then as well (kernels.py).
             backward_dtype: "fp32": products of the backward pass in the dtype of the gradient; "bf16".
-            compile: fuse the passes around the integer product with torch.compile (needs a C++ compiler on a CPU).
         Raises:
             ValueError: other values.
         """
@@ -347,7 +355,12 @@ class QuantGPT2Mixin:
         if backward_dtype not in dtypes:
             raise ValueError(f"backward_dtype = {backward_dtype!r}: allowed are {', '.join(dtypes)}")
         for layer in self.quant_layers().values():
-            layer.execution, layer.backward_dtype, layer.compiled = execution, dtypes[backward_dtype], compile
+            layer.execution, layer.backward_dtype = execution, dtypes[backward_dtype]
+        for block in self.transformer.h:
+            if isinstance(block.mlp.act, TanhGELU):
+                block.mlp.act.execution = execution
+        if self.config._attn_implementation in ("sdpa", attention.NAME):
+            self.set_attn_implementation(attention.NAME if execution == "integer" else "sdpa")
 
     def drop_float_weights(self, widths):
         """Keep only the integer codes at `widths` in the quantized linears: for evaluation, a quarter of the memory.

@@ -7,7 +7,8 @@ agree to float rounding. Weights of at most 4 bits are stored two codes a byte a
 
 On a CPU the tokens go through in pieces of ROWS: everything between the product and the finished output stays in the
 cache, and the temporaries are small enough for malloc to hand out again (glibc maps anything above 32 MiB anew, and
-the page faults then cost as much as the product).
+the page faults then cost as much as the product). What is done to a piece besides the product is in `quantize_rows`
+and `finish_rows`: here in torch's operators, for float32 on a CPU compiled, in one pass each (kernels.py).
 """
 
 import functools
@@ -16,6 +17,7 @@ import logging
 import torch
 import torch.nn.functional as F
 
+from . import kernels
 from .quantization import codes_as_float, fake_quantize_kv_, output_dtype, row_scale
 
 ROWS = 512  # tokens in a piece on a CPU
@@ -50,32 +52,33 @@ def unpack_int4(packed, n):
     return codes
 
 
-def _round_codes(x, scale):
-    return codes_as_float(x, scale).to(torch.int8)
-
-
-def quantize_rows(x, bits, round_codes=_round_codes):
-    """`quantization.quantize` without its checks. x: (tokens, in) -> codes (tokens, in) int8, scale (tokens, 1)."""
-    scale = row_scale(x, bits)
-    return round_codes(x, scale), scale
-
-
-def rescale(acc, row_scale, column_scale, bias, out):
-    """out = acc * row_scale * column_scale + bias, in float32.
+def quantize_rows(x, bits, lora_A=None, scaling=1.0):
+    """Codes of the tokens, and what the LoRA branch has to do with their unquantized values.
 
     Args:
-        acc: (tokens, out) int32; row_scale: (tokens, 1); column_scale, bias: (out,) float32; out: (tokens, out).
+        x: (tokens, in); bits: 2 to 8; lora_A: (r, in) or None.
+    Returns:
+        codes: (tokens, in) int8 and scale: (tokens, 1) as of `quantization.quantize`;
+        low_rank: (tokens, r), scaling * x A^T, with r = 0 without lora_A.
+    """
+    scale = row_scale(x, bits)
+    codes = codes_as_float(x, scale).to(torch.int8)
+    # A x^T is faster than x A^T while A has few rows.
+    low_rank = x.new_empty(len(x), 0) if lora_A is None else torch.mm(lora_A, x.t()).mul_(scaling).t()
+    return codes, scale, low_rank
+
+
+def finish_rows(acc, row_scale, column_scale, bias, low_rank, lora_Bt, kv_bits, out):
+    """out = acc * row_scale * column_scale + bias + low_rank B^T, with K and V fake-quantized at `kv_bits`.
+
+    Args:
+        acc: (tokens, out) int32; row_scale: (tokens, 1); column_scale, bias: (out,) float32; low_rank: (tokens, r);
+        lora_Bt: (r, out) or None; out: (tokens, out).
     """
     torch.addcmul(bias, acc.float().mul_(column_scale), row_scale, out=out)
-
-
-def _rescale_fused(acc, row_scale, column_scale, bias, out):
-    out.copy_(acc.float() * column_scale * row_scale + bias)
-
-
-@functools.cache
-def _compiled(function):
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    if lora_Bt is not None:
+        out.addmm_(low_rank.to(out.dtype), lora_Bt.to(out.dtype))
+    fake_quantize_kv_(out, kv_bits)
 
 
 def int_mm(codes, weight_codes):
@@ -107,7 +110,7 @@ def is_supported(device, inp, out):
     return not reason
 
 
-def integer_linear(x, codes, scale, bias, a_bits, lora=None, kv_bits=None, compiled=False):
+def integer_linear(x, codes, scale, bias, a_bits, lora=None, kv_bits=None):
     """Linear layer on integers, without gradients.
 
     Args:
@@ -115,21 +118,17 @@ def integer_linear(x, codes, scale, bias, a_bits, lora=None, kv_bits=None, compi
         a_bits: bits of x, 2 to 8.
         lora: (A, B, scaling) adds scaling * x A^T B^T, with x unquantized.
         kv_bits: quantize K and V, the last two thirds of the output.
-        compiled: fused passes around the product, made by torch.compile on first use.
     Returns:
         (tokens, out) in x's dtype, or in the autocast dtype under autocast (codes and rescale stay float32).
     """
     y = torch.empty(len(x), len(codes), dtype=output_dtype(x), device=x.device)
     bias, scale = bias.float(), scale.view(-1)
-    round_codes = _compiled(_round_codes) if compiled else _round_codes
-    finish = _compiled(_rescale_fused) if compiled else rescale
+    lora_A, lora_Bt, scaling = (None, None, 1.0) if lora is None else (lora[0], lora[1].t().contiguous(), lora[2])
+    quantize, finish = quantize_rows, finish_rows
+    if kernels.can_take(x, y, *(() if lora is None else (lora_A, lora_Bt))):
+        quantize, finish = kernels.quantize_rows, kernels.finish_rows
     pieces = max(len(x), 1) if x.is_cuda else ROWS
     for rows, out in zip(x.split(pieces), y.split(pieces), strict=True):
-        row_codes, row_scales = quantize_rows(rows, a_bits, round_codes)
-        finish(int_mm(row_codes, codes), row_scales, scale, bias, out)
-        if lora is not None:
-            A, B, scaling = lora
-            # A x^T is faster than x A^T while A has few rows.
-            out.addmm_(torch.mm(A, rows.t()).t().to(out.dtype), B.t().to(out.dtype), alpha=scaling)
-        fake_quantize_kv_(out, kv_bits)
+        row_codes, row_scales, low_rank = quantize(rows, a_bits, lora_A, scaling)
+        finish(int_mm(row_codes, codes), row_scales, scale, bias, low_rank, lora_Bt, kv_bits, out)
     return y

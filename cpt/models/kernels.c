@@ -1,0 +1,193 @@
+// Copied from base_model/models/kernels.c
+/* What a CPU computes around the integer products, each in one pass over its data; kernels.py builds and calls it.
+
+   float32. Neighbours in the last axis are adjacent in memory; rows of x and out are `..._stride` floats apart, those
+   of everything else follow each other. NaN goes through: the result has NaN where torch's operators have it. */
+
+#include <float.h>
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+
+#define ROWS 16     /* that a thread finishes at a time */
+#define COLUMNS 512 /* of B^T at a time: with r = 8 they stay in the first-level cache */
+
+/* quantization.row_scale: max|x| / qmax, rounded towards zero, FLT_MIN at least; 0 for zeros */
+static float row_scale(const float *x, long n, float qmax) {
+    const uint32_t *bits = (const uint32_t *)x;
+    uint32_t largest = 0; /* without their signs, floats are ordered as their bits are, NaN above all */
+#pragma omp simd reduction(max : largest)
+    for (long i = 0; i < n; i++) {
+        uint32_t magnitude = bits[i] & 0x7fffffff;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    float amax;
+    memcpy(&amax, &largest, sizeof amax);
+    if (amax == 0) return 0;
+    float scale = amax / qmax;
+    if ((double)scale * qmax > amax) scale = nextafterf(scale, 0);
+    return scale < FLT_MIN ? FLT_MIN : scale;
+}
+
+/* Codes and scale of every row, and the first half of the LoRA branch, low_rank = scaling * x A^T.
+   x: (rows, n); codes: (rows, n); scale: (rows); A: (r, n); low_rank: (rows, r). */
+void quantize_rows(const float *x, long rows, long n, long x_stride, float qmax, int8_t *codes, float *scale,
+                   const float *A, long r, float scaling, float *low_rank, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long row = 0; row < rows; row++) {
+        const float *in = x + row * x_stride;
+        float divisor = scale[row] = row_scale(in, n, qmax);
+        if (divisor == 0) divisor = 1;
+        for (long i = 0; i < n; i++) codes[row * n + i] = (int8_t)(int32_t)rintf(in[i] / divisor);
+        float *z = low_rank + row * r;
+        long j = 0;
+        for (; j + 4 <= r; j += 4) { /* four sums at a time hide the latency of each */
+            const float *a = A + j * n, *b = a + n, *c = b + n, *d = c + n;
+            float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+            for (long i = 0; i < n; i++) {
+                s0 += in[i] * a[i];
+                s1 += in[i] * b[i];
+                s2 += in[i] * c[i];
+                s3 += in[i] * d[i];
+            }
+            z[j] = scaling * s0, z[j + 1] = scaling * s1, z[j + 2] = scaling * s2, z[j + 3] = scaling * s3;
+        }
+        for (; j < r; j++) {
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (long i = 0; i < n; i++) sum += in[i] * A[j * n + i];
+            z[j] = scaling * sum;
+        }
+    }
+}
+
+/* out = acc * row_scales * column_scale + bias + low_rank B^T; then K and V, the last two thirds, are fake-quantized
+   if kv_qmax > 0. acc, out: (rows, n); row_scales: (rows); column_scale, bias: (n); low_rank: (rows, r); Bt: (r, n). */
+void finish_rows(const int32_t *acc, long rows, long n, const float *row_scales, const float *column_scale,
+                 const float *bias, const float *low_rank, const float *Bt, long r, float kv_qmax, float *out,
+                 long out_stride, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long first = 0; first < rows; first += ROWS) {
+        long last = first + ROWS < rows ? first + ROWS : rows;
+        for (long start = 0; start < n; start += COLUMNS) {
+            long width = start + COLUMNS < n ? COLUMNS : n - start;
+            const float *scale = column_scale + start, *constant = bias + start;
+            for (long row = first; row < last; row++) {
+                const int32_t *sum = acc + row * n + start;
+                const float *z = low_rank + row * r, *B = Bt + start;
+                float *y = out + row * out_stride + start;
+                for (long i = 0; i < width; i++) y[i] = (float)sum[i] * scale[i] * row_scales[row] + constant[i];
+                long j = 0;
+                for (; j + 4 <= r; j += 4, B += 4 * n) {
+                    float z0 = z[j], z1 = z[j + 1], z2 = z[j + 2], z3 = z[j + 3];
+#pragma omp simd
+                    for (long i = 0; i < width; i++)
+                        y[i] += (z0 * B[i] + z1 * B[n + i]) + (z2 * B[2 * n + i] + z3 * B[3 * n + i]);
+                }
+                for (; j < r; j++, B += n)
+                    for (long i = 0; i < width; i++) y[i] += z[j] * B[i];
+            }
+        }
+        for (long row = first; kv_qmax > 0 && row < last; row++) {
+            for (long part = 1; part < 3; part++) {
+                float *kv = out + row * out_stride + part * (n / 3);
+                float scale = row_scale(kv, n / 3, kv_qmax), divisor = scale == 0 ? 1 : scale;
+                for (long i = 0; i < n / 3; i++) kv[i] = rintf(kv[i] / divisor) * scale;
+            }
+        }
+    }
+}
+
+/* exp(x) for x <= 0 within 1e-7 of itself, exp(-87) at least; loops over it vectorize. 2^n exp(r) with a whole n and
+   |r| <= ln(2) / 2, exp(r) = 1 + r + r^2 p(r), p fitted by reweighted least squares. */
+static inline float exponential(float x) {
+    x = -87.0f > x ? -87.0f : x;
+    float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* adding 1.5 * 2^23 rounds to a whole number */
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;   /* ln 2 in two parts, the first exact times n */
+    float p = 0.49999994f + r * (0.166665211f + r * (0.041668389f + r * (0.00836871751f + r * 0.00138146023f)));
+    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return power * (1.0f + r * (1.0f + r * p));
+}
+
+/* out = x sigmoid(u), u = 2 sqrt(2 / pi) (x + 0.044715 x^3): GPT-2's tanh GELU. x, out: (rows, n). */
+void gelu_rows(const float *x, long rows, long n, long x_stride, float *out, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long row = 0; row < rows; row++) {
+        const float *in = x + row * x_stride;
+#pragma omp simd
+        for (long i = 0; i < n; i++) {
+            float u = 1.59576912f * in[i] * (1.0f + 0.044715f * in[i] * in[i]), e = exponential(-fabsf(u));
+            out[row * n + i] = in[i] * (u < 0 ? e : 1.0f) / (1.0f + e);
+        }
+    }
+}
+
+/* ---- causal attention */
+
+#define HEAD 64 /* features of a head, and keys in a chunk */
+#define LANES 16
+#define PARTS (HEAD / LANES)
+#define QUERIES 4 /* 4 x 4 vectors of sums fit in the registers */
+typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+/* sums[q] = sum over k < count of weights[q][k] * rows[k], each row HEAD floats */
+static inline void multiply(const float *weights, long weights_stride, const float *rows, long rows_stride,
+                            long count, vector sums[QUERIES][PARTS]) {
+    for (int q = 0; q < QUERIES; q++)
+        for (int part = 0; part < PARTS; part++) sums[q][part] = (vector){0};
+    for (long k = 0; k < count; k++) {
+        const vector *row = (const vector *)(rows + k * rows_stride);
+        for (int q = 0; q < QUERIES; q++)
+            for (int part = 0; part < PARTS; part++) sums[q][part] += weights[q * weights_stride + k] * row[part];
+    }
+}
+
+/* scores[0..own) become exp(score - largest), scores[own..seen) 0; returns their sum */
+static float exponentials(float *scores, long own, long seen) {
+    float largest = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : largest)
+    for (long t = 0; t < own; t++) largest = scores[t] > largest ? scores[t] : largest;
+#pragma omp simd reduction(+ : sum)
+    for (long t = 0; t < own; t++) sum += scores[t] = exponential(scores[t] - largest);
+    for (long t = own; t < seen; t++) scores[t] = 0;
+    return sum;
+}
+
+/* softmax(scaling * q k^T) v, where token i sees tokens 0..i.
+   q, k, v: (batch, heads, length, HEAD) with their first three strides; out: (batch, length, heads, HEAD);
+   scratch: (threads, HEAD + QUERIES, padded), padded: length rounded up to whole chunks. */
+void attend(const float *q, const long *q_strides, const float *k, const long *k_strides, const float *v,
+            const long *v_strides, long batch, long heads, long length, float scaling, float *out, float *scratch,
+            long padded, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (long item = 0; item < batch * heads; item++) {
+        long b = item / heads, h = item % heads;
+        const float *Q = q + b * q_strides[0] + h * q_strides[1], *K = k + b * k_strides[0] + h * k_strides[1];
+        const float *V = v + b * v_strides[0] + h * v_strides[1];
+        float *keys = scratch + omp_get_thread_num() * (HEAD + QUERIES) * padded, *scores = keys + HEAD * padded;
+        for (long t = 0; t < padded; t++) /* scaled, transposed within each chunk: (chunk, feature, key) */
+            for (long f = 0; f < HEAD; f++)
+                keys[(t / HEAD * HEAD + f) * HEAD + t % HEAD] = t < length ? scaling * K[t * k_strides[2] + f] : 0;
+        for (long first = 0; first < length; first += QUERIES) {
+            long count = length - first < QUERIES ? length - first : QUERIES, seen = first + count;
+            vector sums[QUERIES][PARTS];
+            float queries[QUERIES * HEAD], totals[QUERIES];
+            for (long i = 0; i < QUERIES; i++) /* the last block repeats its first query */
+                memcpy(queries + i * HEAD, Q + (i < count ? first + i : first) * q_strides[2], HEAD * sizeof *Q);
+            for (long start = 0; start < seen; start += HEAD) {
+                multiply(queries, HEAD, keys + start * HEAD, HEAD, HEAD, sums);
+                for (int i = 0; i < QUERIES; i++) memcpy(scores + i * padded + start, sums[i], sizeof sums[i]);
+            }
+            for (long i = 0; i < QUERIES; i++)
+                totals[i] = exponentials(scores + i * padded, i < count ? first + i + 1 : first + 1, seen);
+            multiply(scores, padded, V, v_strides[2], seen, sums);
+            for (long i = 0; i < count; i++)
+                for (int part = 0; part < PARTS; part++)
+                    ((vector *)(out + ((b * length + first + i) * heads + h) * HEAD))[part] = sums[i][part] / totals[i];
+        }
+    }
+}
