@@ -75,10 +75,10 @@ def gradient_scores(model, measure_set, reference, lows, num_batches, seed):
             parameter.requires_grad_(False)
         with model.bit_config(reference), torch.enable_grad():
             for batch in batches:
-                inputs, _, labels = measure_set.tensors(batch)
+                inputs, real, _, labels = measure_set.tensors(batch)
                 output = model(**inputs, use_cache=False)
                 logits = torch.stack([output.start_logits, output.end_logits])
-                span_nll(logits, inputs["attention_mask"].bool(), labels).sum().backward()
+                span_nll(logits, real, labels).sum().backward()
     finally:
         for hook in hooks:
             hook.remove()

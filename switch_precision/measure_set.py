@@ -103,7 +103,9 @@ class MeasureSet:
         return [batch for chunk in self.chunks for batch in chunk]
 
     def tensors(self, batch):
-        """(inputs for the model, context mask (batch, seq), labels (batch, 2)) of a list of window numbers."""
+        """Of a list of window numbers: inputs for the model (without a padding mask: see
+        QuestionAnsweringTrainer.prediction_step), masks of what is no padding and of the context (batch, seq), labels
+        (batch, 2)."""
         rows = [self.features[index] for index in batch]
         names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in rows[0]]
         inputs = self.collator([{name: row[name] for name in names} for row in rows])
@@ -111,7 +113,8 @@ class MeasureSet:
         for row, mask in zip(rows, context, strict=True):
             mask[: len(row["offset_mapping"])] = torch.tensor([pair is not None for pair in row["offset_mapping"]])
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
-        return inputs, context.to(self.device), torch.from_numpy(self.labels[batch]).to(self.device)
+        real = inputs.pop("attention_mask").bool()
+        return inputs, real, context.to(self.device), torch.from_numpy(self.labels[batch]).to(self.device)
 
     def chunk_rows(self, chunk):
         """(question ids, their ids and contexts as columns, features in the order of the batches) of a chunk."""

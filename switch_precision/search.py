@@ -90,13 +90,13 @@ class SubsetMeasure:
 
     def __call__(self, base, choices):
         configs, sums = [self.problem.resolved(choice) for choice in choices], np.zeros(1 + len(choices))
-        for number, (inputs, context, labels) in enumerate(self._tensors()):
+        for number, (inputs, real, context, labels) in enumerate(self._tensors()):
             found = self.forward.logits(inputs, self.problem.resolved(base), configs)
             for index, logits in enumerate(found):
                 if self.by == "kl":
                     values = span_kl(self.reference[number], logits, context)
                 else:
-                    values = span_nll(logits, inputs["attention_mask"].bool(), labels)
+                    values = span_nll(logits, real, labels)
                 sums[index] += values.double().sum().item()
         return (sums / sum(map(len, self.measure_set.batches))).tolist()
 

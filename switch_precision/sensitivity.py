@@ -89,8 +89,7 @@ def measure_chunk(forward, measure_set, chunk, reference, configs, tick):
     logits = [[] for _ in range(len(configs) + 1)]  # the chunk's logits only: (2, batch, seq) per config and batch
     sums = np.zeros((len(configs) + 1, 2))
     for batch in chunk:
-        inputs, context, labels = measure_set.tensors(batch)
-        real = inputs["attention_mask"].bool()
+        inputs, real, context, labels = measure_set.tensors(batch)
         for index, found in enumerate(forward.logits(inputs, reference, configs)):
             if index == 0:
                 base = found

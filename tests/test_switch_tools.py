@@ -278,8 +278,8 @@ def test_reused_hidden_states_give_exactly_the_plain_logits(attention, tools, co
     distinct = set()
     last = len(measures.ids) - 1
     for batch, padded in (([0, 1, 2], False), ([0, 5, last - 1, last], True)):  # windows are sorted by length
-        inputs, _, _ = measures.tensors(batch)
-        assert inputs["attention_mask"].all() != padded
+        inputs, real, _, _ = measures.tensors(batch)
+        assert real.all() != padded
         before, found = forward.block_forwards, list(forward.logits(inputs, reference, [*flipped, reference]))
         # per low width: 4 linears x (2 + 1), blocks 2 + 1, six types x 2, all 2
         assert forward.block_forwards - before == 2 + 2 * (12 + 3 + 12 + 2)
@@ -294,7 +294,7 @@ def test_reused_hidden_states_give_exactly_the_plain_logits(attention, tools, co
 def test_bits_are_back_when_a_reused_forward_is_left_early(tools, configs):
     model, measures = tools
     model.set_bit_config("W4A8KV8")
-    inputs, _, _ = measures.tensors(measures.batches[0])
+    inputs, _, _, _ = measures.tensors(measures.batches[0])
     for _ in block_reuse.ReusedForward(model).logits(inputs, configs["W8A8KV8"], [configs["W4A4KV4"]]):
         break
     assert model.config.bit_config == configs["W4A8KV8"]
@@ -433,7 +433,7 @@ def test_sweep_refusals(flags, message, run, tmp_path):
 
 def test_the_layer_alone_gives_what_the_flipped_model_gives(tools, configs):
     model, measures = tools
-    inputs, _, _ = measures.tensors(measures.batches[0])
+    inputs, _, _, _ = measures.tensors(measures.batches[0])
     name = "transformer.h.0.attn.c_attn"  # the first linear: its input does not depend on bits
     layer, seen = model.quant_layers()[name], []
     hook = layer.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
@@ -466,11 +466,11 @@ def test_first_order_score_is_the_directional_derivative(tools, configs):
 
             hook, loss = layer.register_forward_hook(mix), 0.0
             for batch in measures.batches:
-                inputs, _, labels = measures.tensors(batch)
+                inputs, real, _, labels = measures.tensors(batch)
                 with torch.no_grad():
                     output = model(**inputs)
                 logits = torch.stack([output.start_logits, output.end_logits])
-                loss += measure_set.span_nll(logits, inputs["attention_mask"].bool(), labels).sum().item()
+                loss += measure_set.span_nll(logits, real, labels).sum().item()
             hook.remove()
             losses.append(loss / len(measures.ids))
         slope = (losses[1] - losses[0]) / 2e-4
