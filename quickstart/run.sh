@@ -22,7 +22,7 @@ cd "$root"  # records show commands and paths relative to here
 
 # Results of other code are not this code's results.
 mkdir -p "$work"
-code="$(cat quickstart/*.py quickstart/run.sh quickstart/*.json {base_model,switch_precision,cpt,adv_attack}/{*.py,*.sh,models/*.py} | sha256sum | cut -d ' ' -f 1)-$seed"
+code="$(cat quickstart/*.py quickstart/run.sh quickstart/*.json {base_model,switch_precision,cpt,adv_attack}/{*.py,*.sh,models/*.{py,c}} | sha256sum | cut -d ' ' -f 1)-$seed"
 if [[ "$(cat "$work/code" 2>/dev/null || true)" != "$code" ]]; then
     rm -rf -- "$work/runs" "$work/records"
     echo "$code" >"$work/code"
