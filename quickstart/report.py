@@ -103,14 +103,20 @@ def quick_attack_table(record):
 
 
 def benchmark_table(record):
-    """Markdown of switch_precision's benchmark.py: speed against float32, a column a shape."""
-    cells = {}
+    """Markdown of switch_precision's benchmark.py: speed against float32, a column a shape; time and memory at the
+    first."""
+    cells, more = {}, {}
     for row in record["rows"]:
+        key = row["label"], row["config"] or ""
         ratio = f"{row['ratio']:.2f} ({row['ratio_min']:.2f} - {row['ratio_max']:.2f})"
-        cells.setdefault((row["label"], row["config"] or ""), {})[row["shape"]] = ratio
+        cells.setdefault(key, {})[row["shape"]] = ratio
+        sizes = [row.get(name) for name in ("peak_bytes", "stored_bytes")]
+        sizes = ["" if size is None else f"{size / 2**20:.0f}" for size in sizes]
+        more.setdefault(key, [f"{1000 * row['seconds']:.0f}", *sizes])
     shapes = list(next(iter(cells.values())))
-    lines = [f"| speed / float32 (min - max) | bits | {' | '.join(shapes)} |", "|---" * (len(shapes) + 2) + "|"]
-    lines += [f"| {' | '.join(key)} | {' | '.join(found[s] for s in shapes)} |" for key, found in cells.items()]
+    header = ["speed / float32 (min - max)", "bits", *shapes, f"ms, {shapes[0]}", f"peak MiB, {shapes[0]}", "file MiB"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    lines += [f"| {' | '.join([*key, *(found[s] for s in shapes), *more[key]])} |" for key, found in cells.items()]
     return "\n".join(lines)
 
 

@@ -12,6 +12,9 @@
 
 #define ROWS 16     /* that a thread finishes at a time */
 #define COLUMNS 512 /* of B^T at a time: with r = 8 they stay in the first-level cache */
+#define BLOCK 4     /* 4 x 4 vectors of sums fit in the registers */
+#define LANES 16
+typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* quantization.row_scale: max|x| / qmax, rounded towards zero, FLT_MIN at least; 0 for zeros */
 static float row_scale(const float *x, long n, float qmax) {
@@ -30,36 +33,46 @@ static float row_scale(const float *x, long n, float qmax) {
     return scale < FLT_MIN ? FLT_MIN : scale;
 }
 
+/* low_rank = scaling * x A^T for a block of count <= BLOCK rows. x: (count, n); A: (r, n); low_rank: (count, r). */
+static void project(const float *x, long count, long n, long x_stride, const float *A, long r, float scaling,
+                    float *low_rank) {
+    for (long j = 0; j < r; j += BLOCK) {
+        vector sums[BLOCK][BLOCK] = {0};
+        const float *left[BLOCK], *right[BLOCK]; /* where there are fewer rows, the first of them again */
+        for (long k = 0; k < BLOCK; k++) {
+            left[k] = x + (k < count ? k : 0) * x_stride;
+            right[k] = A + (j + k < r ? j + k : j) * n;
+        }
+        long whole = n / LANES * LANES;
+        for (long i = 0; i < whole; i += LANES)
+            for (int p = 0; p < BLOCK; p++)
+                for (int q = 0; q < BLOCK; q++)
+                    sums[p][q] += *(const vector *)(left[p] + i) * *(const vector *)(right[q] + i);
+        for (long p = 0; p < count; p++) {
+            for (long q = 0; q < BLOCK && j + q < r; q++) {
+                float sum = 0;
+                for (int lane = 0; lane < LANES; lane++) sum += sums[p][q][lane];
+                for (long i = whole; i < n; i++) sum += left[p][i] * right[q][i];
+                low_rank[p * r + j + q] = scaling * sum;
+            }
+        }
+    }
+}
+
 /* Codes and scale of every row, and the first half of the LoRA branch, low_rank = scaling * x A^T.
    x: (rows, n); codes: (rows, n); scale: (rows); A: (r, n); low_rank: (rows, r). */
 void quantize_rows(const float *x, long rows, long n, long x_stride, float qmax, int8_t *codes, float *scale,
                    const float *A, long r, float scaling, float *low_rank, int threads) {
 #pragma omp parallel for num_threads(threads)
-    for (long row = 0; row < rows; row++) {
-        const float *in = x + row * x_stride;
-        float divisor = scale[row] = row_scale(in, n, qmax);
-        if (divisor == 0) divisor = 1;
-        for (long i = 0; i < n; i++) codes[row * n + i] = (int8_t)(int32_t)rintf(in[i] / divisor);
-        float *z = low_rank + row * r;
-        long j = 0;
-        for (; j + 4 <= r; j += 4) { /* four sums at a time hide the latency of each */
-            const float *a = A + j * n, *b = a + n, *c = b + n, *d = c + n;
-            float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-            for (long i = 0; i < n; i++) {
-                s0 += in[i] * a[i];
-                s1 += in[i] * b[i];
-                s2 += in[i] * c[i];
-                s3 += in[i] * d[i];
-            }
-            z[j] = scaling * s0, z[j + 1] = scaling * s1, z[j + 2] = scaling * s2, z[j + 3] = scaling * s3;
+    for (long first = 0; first < rows; first += BLOCK) {
+        long count = rows - first < BLOCK ? rows - first : BLOCK;
+        for (long row = first; row < first + count; row++) {
+            const float *in = x + row * x_stride;
+            float divisor = scale[row] = row_scale(in, n, qmax);
+            if (divisor == 0) divisor = 1;
+            for (long i = 0; i < n; i++) codes[row * n + i] = (int8_t)(int32_t)rintf(in[i] / divisor);
         }
-        for (; j < r; j++) {
-            float sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (long i = 0; i < n; i++) sum += in[i] * A[j * n + i];
-            z[j] = scaling * sum;
-        }
+        project(x + first * x_stride, count, n, x_stride, A, r, scaling, low_rank + first * r);
     }
 }
 
@@ -129,19 +142,16 @@ void gelu_rows(const float *x, long rows, long n, long x_stride, float *out, int
 /* ---- causal attention */
 
 #define HEAD 64 /* features of a head, and keys in a chunk */
-#define LANES 16
 #define PARTS (HEAD / LANES)
-#define QUERIES 4 /* 4 x 4 vectors of sums fit in the registers */
-typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* sums[q] = sum over k < count of weights[q][k] * rows[k], each row HEAD floats */
 static inline void multiply(const float *weights, long weights_stride, const float *rows, long rows_stride,
-                            long count, vector sums[QUERIES][PARTS]) {
-    for (int q = 0; q < QUERIES; q++)
+                            long count, vector sums[BLOCK][PARTS]) {
+    for (int q = 0; q < BLOCK; q++)
         for (int part = 0; part < PARTS; part++) sums[q][part] = (vector){0};
     for (long k = 0; k < count; k++) {
         const vector *row = (const vector *)(rows + k * rows_stride);
-        for (int q = 0; q < QUERIES; q++)
+        for (int q = 0; q < BLOCK; q++)
             for (int part = 0; part < PARTS; part++) sums[q][part] += weights[q * weights_stride + k] * row[part];
     }
 }
@@ -159,7 +169,7 @@ static float exponentials(float *scores, long own, long seen) {
 
 /* softmax(scaling * q k^T) v, where token i sees tokens 0..i.
    q, k, v: (batch, heads, length, HEAD) with their first three strides; out: (batch, length, heads, HEAD);
-   scratch: (threads, HEAD + QUERIES, padded), padded: length rounded up to whole chunks. */
+   scratch: (threads, HEAD + BLOCK, padded), padded: length rounded up to whole chunks. */
 void attend(const float *q, const long *q_strides, const float *k, const long *k_strides, const float *v,
             const long *v_strides, long batch, long heads, long length, float scaling, float *out, float *scratch,
             long padded, int threads) {
@@ -168,21 +178,21 @@ void attend(const float *q, const long *q_strides, const float *k, const long *k
         long b = item / heads, h = item % heads;
         const float *Q = q + b * q_strides[0] + h * q_strides[1], *K = k + b * k_strides[0] + h * k_strides[1];
         const float *V = v + b * v_strides[0] + h * v_strides[1];
-        float *keys = scratch + omp_get_thread_num() * (HEAD + QUERIES) * padded, *scores = keys + HEAD * padded;
+        float *keys = scratch + omp_get_thread_num() * (HEAD + BLOCK) * padded, *scores = keys + HEAD * padded;
         for (long t = 0; t < padded; t++) /* scaled, transposed within each chunk: (chunk, feature, key) */
             for (long f = 0; f < HEAD; f++)
                 keys[(t / HEAD * HEAD + f) * HEAD + t % HEAD] = t < length ? scaling * K[t * k_strides[2] + f] : 0;
-        for (long first = 0; first < length; first += QUERIES) {
-            long count = length - first < QUERIES ? length - first : QUERIES, seen = first + count;
-            vector sums[QUERIES][PARTS];
-            float queries[QUERIES * HEAD], totals[QUERIES];
-            for (long i = 0; i < QUERIES; i++) /* the last block repeats its first query */
+        for (long first = 0; first < length; first += BLOCK) {
+            long count = length - first < BLOCK ? length - first : BLOCK, seen = first + count;
+            vector sums[BLOCK][PARTS];
+            float queries[BLOCK * HEAD], totals[BLOCK];
+            for (long i = 0; i < BLOCK; i++) /* the last block repeats its first query */
                 memcpy(queries + i * HEAD, Q + (i < count ? first + i : first) * q_strides[2], HEAD * sizeof *Q);
             for (long start = 0; start < seen; start += HEAD) {
                 multiply(queries, HEAD, keys + start * HEAD, HEAD, HEAD, sums);
-                for (int i = 0; i < QUERIES; i++) memcpy(scores + i * padded + start, sums[i], sizeof sums[i]);
+                for (int i = 0; i < BLOCK; i++) memcpy(scores + i * padded + start, sums[i], sizeof sums[i]);
             }
-            for (long i = 0; i < QUERIES; i++)
+            for (long i = 0; i < BLOCK; i++)
                 totals[i] = exponentials(scores + i * padded, i < count ? first + i + 1 : first + 1, seen);
             multiply(scores, padded, V, v_strides[2], seen, sums);
             for (long i = 0; i < count; i++)

@@ -19,7 +19,7 @@ import torch
 logger = logging.getLogger(__name__)
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels.c")
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"]
-HEAD, QUERIES = 64, 4  # as in kernels.c
+HEAD, BLOCK = 64, 4  # as in kernels.c
 POINTER, LONG, FLOAT, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 SIGNATURES = {
     "quantize_rows": [POINTER, LONG, LONG, LONG, FLOAT, POINTER, POINTER, POINTER, LONG, FLOAT, POINTER, INT],
@@ -105,7 +105,7 @@ def causal_attention(query, key, value, scaling):
     """
     batch, heads, length, _ = query.shape
     padded, threads = -(-length // HEAD) * HEAD, torch.get_num_threads()
-    out, scratch = torch.empty(batch, length, heads, HEAD), torch.empty(threads, HEAD + QUERIES, padded)
+    out, scratch = torch.empty(batch, length, heads, HEAD), torch.empty(threads, HEAD + BLOCK, padded)
     inputs = ((x.data_ptr(), (LONG * 3)(*x.stride()[:3])) for x in (query, key, value))
     library().attend(
         *(part for pair in inputs for part in pair),
