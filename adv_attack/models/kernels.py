@@ -41,7 +41,8 @@ def library():
             subprocess.run(command, check=True, capture_output=True, text=True)
             found = ctypes.CDLL(path)
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0]
+        failed = isinstance(error, subprocess.CalledProcessError)
+        reason = error.stderr.strip().partition("\n")[0] or f"exit status {error.returncode}" if failed else error
         logger.warning("no compiled kernels, so integer execution takes longer: %s, kernels.c: %s", compiler, reason)
         return None
     for name, signature in SIGNATURES.items():
