@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import shutil
 
 import pytest
 import torch
@@ -104,6 +105,8 @@ def test_codes_that_need_more_than_four_bits_are_refused():
 @pytest.mark.parametrize("passes", [integer, kernels], ids=lambda module: module.__name__)
 @pytest.mark.parametrize("bits", BITS)
 def test_codes_are_bit_identical(bits, passes):
+    if passes is kernels and not shutil.which("cc"):
+        pytest.skip("needs a C compiler")
     x = torch.randn(300, 37, generator=torch.Generator().manual_seed(bits)) * torch.logspace(-8, 8, 300)[:, None]
     x[::3, 0] = x[::3].abs().amax(-1) / 2  # exact ties
     x[7], x[8] = 0, 1e-44
