@@ -112,7 +112,7 @@ def test_attention(length, fused, threads):
     found = kernels.causal_attention(query, key, value, 0.2)
     assert found.shape == (3, length, 2, 64)
     # A score of 25 has a rounding error of some 1e-6, which its exponential takes over.
-    torch.testing.assert_close(found.transpose(1, 2).double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.transpose(1, 2).double(), expected, rtol=0, atol=2e-5)
     torch.set_num_threads(3 - threads)
     assert torch.equal(kernels.causal_attention(query, key, value, 0.2), found), "threads change nothing"
 

@@ -12,8 +12,17 @@
 
 #define ROWS 16     /* that a thread finishes at a time */
 #define COLUMNS 512 /* of B^T at a time: with r = 8 they stay in the first-level cache */
-#define BLOCK 4     /* 4 x 4 vectors of sums fit in the registers */
-#define LANES 16
+#define BLOCK 4     /* rows that products take at a time */
+#if defined __AVX512F__
+#define LANES 16  /* floats in a register */
+#define VECTORS 4 /* BLOCK x VECTORS sums stay in registers: there are 32 here, */
+#elif defined __AVX__
+#define LANES 8
+#define VECTORS 2 /* 16 here */
+#else
+#define LANES 4
+#define VECTORS 2
+#endif
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* quantization.row_scale: max|x| / qmax, rounded towards zero, FLT_MIN at least; 0 for zeros */
@@ -36,20 +45,18 @@ static float row_scale(const float *x, long n, float qmax) {
 /* low_rank = scaling * x A^T for a block of count <= BLOCK rows. x: (count, n); A: (r, n); low_rank: (count, r). */
 static void project(const float *x, long count, long n, long x_stride, const float *A, long r, float scaling,
                     float *low_rank) {
-    for (long j = 0; j < r; j += BLOCK) {
-        vector sums[BLOCK][BLOCK] = {0};
-        const float *left[BLOCK], *right[BLOCK]; /* where there are fewer rows, the first of them again */
-        for (long k = 0; k < BLOCK; k++) {
-            left[k] = x + (k < count ? k : 0) * x_stride;
-            right[k] = A + (j + k < r ? j + k : j) * n;
-        }
+    for (long j = 0; j < r; j += VECTORS) {
+        vector sums[BLOCK][VECTORS] = {0};
+        const float *left[BLOCK], *right[VECTORS]; /* where there are fewer rows, the first of them again */
+        for (long k = 0; k < BLOCK; k++) left[k] = x + (k < count ? k : 0) * x_stride;
+        for (long k = 0; k < VECTORS; k++) right[k] = A + (j + k < r ? j + k : j) * n;
         long whole = n / LANES * LANES;
         for (long i = 0; i < whole; i += LANES)
             for (int p = 0; p < BLOCK; p++)
-                for (int q = 0; q < BLOCK; q++)
+                for (int q = 0; q < VECTORS; q++)
                     sums[p][q] += *(const vector *)(left[p] + i) * *(const vector *)(right[q] + i);
         for (long p = 0; p < count; p++) {
-            for (long q = 0; q < BLOCK && j + q < r; q++) {
+            for (long q = 0; q < VECTORS && j + q < r; q++) {
                 float sum = 0;
                 for (int lane = 0; lane < LANES; lane++) sum += sums[p][q][lane];
                 for (long i = whole; i < n; i++) sum += left[p][i] * right[q][i];
@@ -77,7 +84,8 @@ void quantize_rows(const float *x, long rows, long n, long x_stride, float qmax,
 }
 
 /* out = acc * row_scales * column_scale + bias + low_rank B^T; then K and V, the last two thirds, are fake-quantized
-   if kv_qmax > 0. acc, out: (rows, n); row_scales: (rows); column_scale, bias: (n); low_rank: (rows, r); Bt: (r, n). */
+   if kv_qmax > 0. acc, out: (rows, n); row_scales: (rows); column_scale, bias: (n); low_rank: (rows, r); Bt: (r, n).
+*/
 void finish_rows(const int32_t *acc, long rows, long n, const float *row_scales, const float *column_scale,
                  const float *bias, const float *low_rank, const float *Bt, long r, float kv_qmax, float *out,
                  long out_stride, int threads) {
@@ -142,17 +150,18 @@ void gelu_rows(const float *x, long rows, long n, long x_stride, float *out, int
 /* ---- causal attention */
 
 #define HEAD 64 /* features of a head, and keys in a chunk */
-#define PARTS (HEAD / LANES)
 
-/* sums[q] = sum over k < count of weights[q][k] * rows[k], each row HEAD floats */
+/* out[q] = sum over k < count of weights[q][k] * rows[k], for q < BLOCK; each row HEAD floats */
 static inline void multiply(const float *weights, long weights_stride, const float *rows, long rows_stride,
-                            long count, vector sums[BLOCK][PARTS]) {
-    for (int q = 0; q < BLOCK; q++)
-        for (int part = 0; part < PARTS; part++) sums[q][part] = (vector){0};
-    for (long k = 0; k < count; k++) {
-        const vector *row = (const vector *)(rows + k * rows_stride);
-        for (int q = 0; q < BLOCK; q++)
-            for (int part = 0; part < PARTS; part++) sums[q][part] += weights[q * weights_stride + k] * row[part];
+                            long count, float *out, long out_stride) {
+    for (int start = 0; start < HEAD; start += VECTORS * LANES) {
+        vector sums[BLOCK][VECTORS] = {0};
+        for (long k = 0; k < count; k++) {
+            const vector *row = (const vector *)(rows + k * rows_stride + start);
+            for (int q = 0; q < BLOCK; q++)
+                for (int v = 0; v < VECTORS; v++) sums[q][v] += weights[q * weights_stride + k] * row[v];
+        }
+        for (int q = 0; q < BLOCK; q++) memcpy(out + q * out_stride + start, sums[q], sizeof sums[q]);
     }
 }
 
@@ -184,20 +193,18 @@ void attend(const float *q, const long *q_strides, const float *k, const long *k
                 keys[(t / HEAD * HEAD + f) * HEAD + t % HEAD] = t < length ? scaling * K[t * k_strides[2] + f] : 0;
         for (long first = 0; first < length; first += BLOCK) {
             long count = length - first < BLOCK ? length - first : BLOCK, seen = first + count;
-            vector sums[BLOCK][PARTS];
-            float queries[BLOCK * HEAD], totals[BLOCK];
+            float queries[BLOCK * HEAD], sums[BLOCK * HEAD], totals[BLOCK];
             for (long i = 0; i < BLOCK; i++) /* the last block repeats its first query */
                 memcpy(queries + i * HEAD, Q + (i < count ? first + i : first) * q_strides[2], HEAD * sizeof *Q);
-            for (long start = 0; start < seen; start += HEAD) {
-                multiply(queries, HEAD, keys + start * HEAD, HEAD, HEAD, sums);
-                for (int i = 0; i < BLOCK; i++) memcpy(scores + i * padded + start, sums[i], sizeof sums[i]);
-            }
+            for (long start = 0; start < seen; start += HEAD)
+                multiply(queries, HEAD, keys + start * HEAD, HEAD, HEAD, scores + start, padded);
             for (long i = 0; i < BLOCK; i++)
                 totals[i] = exponentials(scores + i * padded, i < count ? first + i + 1 : first + 1, seen);
-            multiply(scores, padded, V, v_strides[2], seen, sums);
-            for (long i = 0; i < count; i++)
-                for (int part = 0; part < PARTS; part++)
-                    ((vector *)(out + ((b * length + first + i) * heads + h) * HEAD))[part] = sums[i][part] / totals[i];
+            multiply(scores, padded, V, v_strides[2], seen, sums, HEAD);
+            for (long i = 0; i < count; i++) {
+                float *y = out + ((b * length + first + i) * heads + h) * HEAD;
+                for (long f = 0; f < HEAD; f++) y[f] = sums[i * HEAD + f] / totals[i];
+            }
         }
     }
 }
