@@ -199,7 +199,7 @@ def load_tokenizer(model_args):
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"  # positions of answers are counted from the start of a window
+    tokenizer.padding_side = "right"  # where a causal model does not look; positions count from the text's start
     return tokenizer
 
 

@@ -13,7 +13,7 @@ import models.attention as attention
 import models.integer as integer
 import models.kernels as kernels
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering, TanhGELU
-from models.quantization import fake_quantize_kv_
+from models.quantization import fake_quantize_kv_, quantize
 from test_modeling import batch, tiny_config
 
 pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")
@@ -49,9 +49,7 @@ def test_low_rank_half_of_lora(rows, n, r):
     for passes in (kernels, integer):
         codes, scale, low_rank = passes.quantize_rows(x, 4, A, 2.5)
         assert relative_error(low_rank, expected) < 1e-6
-        assert torch.equal(codes, integer.quantize_rows(x, 4)[0]) and torch.equal(
-            scale, integer.quantize_rows(x, 4)[1]
-        )
+        assert all(map(torch.equal, (codes, scale), quantize(x, 4)))
 
 
 @pytest.mark.parametrize("kv_bits", [None, 32, 8, 4, 2])
@@ -204,16 +202,16 @@ def test_padding_on_the_right_needs_no_mask():
 @pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
 def test_without_a_compiler_torch_computes_the_same(compiler, monkeypatch, caplog):
     monkeypatch.setenv("CC", compiler)
-    kernels.library.cache_clear()
+    kernels.compiled.cache_clear()
     x = torch.randn(5, 6)
     with caplog.at_level(logging.WARNING):
         assert not kernels.can_take(x) and not kernels.can_take(x)
-    kernels.library.cache_clear()
+    kernels.compiled.cache_clear()
     (record,) = caplog.records
     assert f"no compiled kernels, so integer execution takes longer: {compiler}" in record.message
     gelu = TanhGELU()
     gelu.execution = "integer"
-    monkeypatch.setattr(kernels, "library", lambda: None)
+    monkeypatch.setattr(kernels, "compiled", lambda: None)
     torch.testing.assert_close(gelu(x), F.gelu(x, approximate="tanh"), rtol=1e-6, atol=2e-7)
 
 
@@ -225,6 +223,14 @@ def test_what_the_kernels_take():
         assert not kernels.can_take(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert not kernels.can_take(x)
+
+
+def test_torch_compile_gets_torchs_operators(monkeypatch):
+    monkeypatch.setattr(kernels, "gelu", None)
+    gelu, x = TanhGELU(), torch.randn(5, 6)
+    gelu.execution = "integer"
+    found = torch.compile(gelu, backend="eager")(x)
+    torch.testing.assert_close(found, F.gelu(x, approximate="tanh"), rtol=1e-6, atol=2e-7)
 
 
 def test_the_c_file_compiles_without_warnings(tmp_path):

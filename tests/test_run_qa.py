@@ -1,5 +1,6 @@
 """base_model's script from end to end on a tiny task: modes, records, resume, refusals, published commands."""
 
+import functools
 import importlib
 import json
 import os
@@ -12,6 +13,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import run_qa
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
@@ -276,6 +278,26 @@ def test_tokenizer_larger_than_the_embedding(run, tmp_path, tiny_model):
     tokenizer.save_pretrained(folder)
     with pytest.raises(ValueError, match="the tokenizer has .* tokens, the embedding"):
         run(model=folder)
+
+
+def test_padding_is_on_the_right_and_evaluation_has_no_mask(run, tmp_path, tiny_model, monkeypatch):
+    folder, masks = tmp_path / "left", []
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"padding_side": "left"}))
+    assert AutoTokenizer.from_pretrained(folder).padding_side == "left"
+    forward = QuantGPT2ForQuestionAnswering.forward
+
+    @functools.wraps(forward)  # the trainer reads its signature
+    def spy(self, *args, attention_mask=None, **kwargs):
+        masks.append(attention_mask)
+        return forward(self, *args, attention_mask=attention_mask, **kwargs)
+
+    run(train=False, out="right")
+    monkeypatch.setattr(QuantGPT2ForQuestionAnswering, "forward", spy)
+    run("--pad_to_max_length", train=False, out="out", model=folder)
+    assert masks and not any(mask is not None for mask in masks)
+    assert predictions(tmp_path / "out") == predictions(tmp_path / "right")
 
 
 def test_a_mistake_ends_with_one_message_and_no_traceback(tmp_path):

@@ -15,7 +15,7 @@ from . import kernels
 NAME = "sdpa_or_kernel"  # value of `attn_implementation`
 
 
-def attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+def attention_forward(module, query, key, value, attention_mask, *, scaling, dropout=0.0, **kwargs):
     """transformers' attention interface. query, key, value: (batch, heads, seq, features); returns (batch, seq,
     heads, features), None."""
     if (

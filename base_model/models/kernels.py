@@ -15,6 +15,8 @@ import tempfile
 
 import torch
 
+from .quantization import QUANTIZED_BITS
+
 logger = logging.getLogger(__name__)
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels.c")
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"]
@@ -29,7 +31,7 @@ SIGNATURES = {
 
 
 @functools.cache
-def library():
+def compiled():
     """The compiled kernels, or None where no C compiler builds them; the log then says why, once."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or "cc"
     width = ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
@@ -56,7 +58,7 @@ def can_take(*tensors):
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and library() is not None
+        and compiled() is not None
     )
 
 
@@ -65,12 +67,12 @@ def _qmax(bits):
 
 
 def quantize_rows(x, bits, lora_A=None, scaling=1.0):
-    """`integer.quantize_rows`."""
+    """As `integer.quantize_rows`."""
     rows, n = x.shape
-    codes, scale = torch.empty((rows, n), dtype=torch.int8), torch.empty(rows, 1)
+    codes, scale = x.new_empty((rows, n), dtype=torch.int8), x.new_empty(rows, 1)
     r = 0 if lora_A is None else len(lora_A)
-    low_rank = torch.empty(rows, r)
-    library().quantize_rows(
+    low_rank = x.new_empty(rows, r)
+    compiled().quantize_rows(
         *(x.data_ptr(), rows, n, x.stride(0), _qmax(bits), codes.data_ptr(), scale.data_ptr()),
         *(lora_A.data_ptr() if r else None, r, scaling, low_rank.data_ptr(), torch.get_num_threads()),
     )
@@ -78,10 +80,10 @@ def quantize_rows(x, bits, lora_A=None, scaling=1.0):
 
 
 def finish_rows(acc, row_scale, column_scale, bias, low_rank, lora_Bt, kv_bits, out):
-    """`integer.finish_rows`."""
-    kv_qmax = _qmax(kv_bits) if kv_bits in range(2, 9) else 0
+    """As `integer.finish_rows`."""
+    kv_qmax = _qmax(kv_bits) if kv_bits in QUANTIZED_BITS else 0
     r = low_rank.shape[1]
-    library().finish_rows(
+    compiled().finish_rows(
         *(acc.data_ptr(), *acc.shape, row_scale.data_ptr(), column_scale.data_ptr(), bias.data_ptr()),
         *(low_rank.data_ptr(), lora_Bt.data_ptr() if r else None, r, kv_qmax, out.data_ptr(), out.stride(0)),
         torch.get_num_threads(),
@@ -90,8 +92,8 @@ def finish_rows(acc, row_scale, column_scale, bias, low_rank, lora_Bt, kv_bits, 
 
 def gelu(x):
     """GPT-2's tanh GELU. x: (rows, n)."""
-    out = torch.empty(x.shape)
-    library().gelu_rows(x.data_ptr(), *x.shape, x.stride(0), out.data_ptr(), torch.get_num_threads())
+    out = x.new_empty(x.shape)
+    compiled().gelu_rows(x.data_ptr(), *x.shape, x.stride(0), out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -105,9 +107,9 @@ def causal_attention(query, key, value, scaling):
     """
     batch, heads, length, _ = query.shape
     padded, threads = -(-length // HEAD) * HEAD, torch.get_num_threads()
-    out, scratch = torch.empty(batch, length, heads, HEAD), torch.empty(threads, HEAD + BLOCK, padded)
+    out, scratch = query.new_empty(batch, length, heads, HEAD), query.new_empty(threads, HEAD + BLOCK, padded)
     inputs = ((x.data_ptr(), (LONG * 3)(*x.stride()[:3])) for x in (query, key, value))
-    library().attend(
+    compiled().attend(
         *(part for pair in inputs for part in pair),
         *(batch, heads, length, scaling, out.data_ptr(), scratch.data_ptr(), padded, threads),
     )
