@@ -24,6 +24,7 @@
 #define VECTORS 2
 #endif
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t integers __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* quantization.row_scale: max|x| / qmax, rounded towards zero, FLT_MIN at least; 0 for zeros */
 static float row_scale(const float *x, long n, float qmax) {
@@ -93,22 +94,29 @@ void finish_rows(const int32_t *acc, long rows, long n, const float *row_scales,
     for (long first = 0; first < rows; first += ROWS) {
         long last = first + ROWS < rows ? first + ROWS : rows;
         for (long start = 0; start < n; start += COLUMNS) {
-            long width = start + COLUMNS < n ? COLUMNS : n - start;
-            const float *scale = column_scale + start, *constant = bias + start;
-            for (long row = first; row < last; row++) {
-                const int32_t *sum = acc + row * n + start;
-                const float *z = low_rank + row * r, *B = Bt + start;
-                float *y = out + row * out_stride + start;
-                for (long i = 0; i < width; i++) y[i] = (float)sum[i] * scale[i] * row_scales[row] + constant[i];
-                long j = 0;
-                for (; j + 4 <= r; j += 4, B += 4 * n) {
-                    float z0 = z[j], z1 = z[j + 1], z2 = z[j + 2], z3 = z[j + 3];
-#pragma omp simd
-                    for (long i = 0; i < width; i++)
-                        y[i] += (z0 * B[i] + z1 * B[n + i]) + (z2 * B[2 * n + i] + z3 * B[3 * n + i]);
+            long stop = start + COLUMNS < n ? start + COLUMNS : n, whole = start + (stop - start) / LANES * LANES;
+            for (long row = first; row < last; row += BLOCK) {
+                long count = last - row < BLOCK ? last - row : BLOCK;
+                for (long i = start; i < whole; i += LANES) { /* a vector of B^T serves all rows of the block */
+                    vector scale = *(const vector *)(column_scale + i), constant = *(const vector *)(bias + i);
+                    vector y[BLOCK];
+                    for (long k = 0; k < BLOCK; k++) { /* where there are fewer rows, the first of them again */
+                        long own = row + (k < count ? k : 0);
+                        vector sums = __builtin_convertvector(*(const integers *)(acc + own * n + i), vector);
+                        y[k] = sums * scale * row_scales[own] + constant;
+                    }
+                    for (long j = 0; j < r; j++)
+                        for (long k = 0; k < BLOCK; k++)
+                            y[k] += low_rank[(row + (k < count ? k : 0)) * r + j] * *(const vector *)(Bt + j * n + i);
+                    for (long k = 0; k < count; k++) *(vector *)(out + (row + k) * out_stride + i) = y[k];
                 }
-                for (; j < r; j++, B += n)
-                    for (long i = 0; i < width; i++) y[i] += z[j] * B[i];
+                for (long own = row; own < row + count; own++) {
+                    for (long i = whole; i < stop; i++) {
+                        float y = (float)acc[own * n + i] * column_scale[i] * row_scales[own] + bias[i];
+                        for (long j = 0; j < r; j++) y += low_rank[own * r + j] * Bt[j * n + i];
+                        out[own * out_stride + i] = y;
+                    }
+                }
             }
         }
         for (long row = first; kv_qmax > 0 && row < last; row++) {
