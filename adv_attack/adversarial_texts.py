@@ -12,6 +12,7 @@ import torch
 
 import gbda
 from classifier import accuracy_row, encode, hidden_states, pad_right, predict
+from models.errors import UserError
 from whitebox_attack import RESULT_FILE
 
 logger = logging.getLogger("adversarial_texts")
@@ -31,16 +32,16 @@ def load_attacks(folders, model_sha256, samples):
             try:
                 attack = json.load(file)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: damaged ({error}); run the attack again") from None
+                raise UserError(f"{path}: damaged ({error}); run the attack again") from None
         settings = attack["settings"]
         name = attack_name(settings)
         if name in attacks:
-            raise ValueError(f"{folder}: a second attack at {name}; give one a precision")
+            raise UserError(f"{folder}: a second attack at {name}; give one a precision")
         first = next(iter(attacks.values()), attack)
         if [text["index"] for text in attack["texts"]] != [text["index"] for text in first["texts"]]:
-            raise ValueError(f"{folder}: attacked other texts than {folders[0]} (--num_samples, --start_index)")
+            raise UserError(f"{folder}: attacked other texts than {folders[0]} (--num_samples, --start_index)")
         if settings["gumbel_samples"] < (samples or 1):
-            raise ValueError(f"--best_of {samples}: {folder} holds {settings['gumbel_samples']} samples a text")
+            raise UserError(f"--best_of {samples}: {folder} holds {settings['gumbel_samples']} samples a text")
         if settings["model_sha256"] != model_sha256:
             logger.warning("%s attacked another classifier: its rows are transfer between models", folder)
         attacks[name] = attack

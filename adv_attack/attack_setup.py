@@ -9,6 +9,7 @@ import torch
 from scipy.stats import binomtest
 
 from models.bit_config import SHORT_FORM, short_name
+from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2ForSequenceClassification, QuantGPT2LMHeadModel
 from text_classification import open_model, option
 
@@ -40,7 +41,7 @@ def load_classifier(model_args, tokenizer):
     """The trained classifier, in evaluation mode and without gradients of its own weights."""
     model = open_model(QuantGPT2ForSequenceClassification, model_args, tokenizer)
     if model.config.architectures != ["QuantGPT2ForSequenceClassification"]:
-        raise ValueError(
+        raise UserError(
             f"{model_args.model_name_or_path}: not a classifier of text_classification.py; train one first (train.sh)"
         )
     model.set_execution(model_args.execution)
@@ -54,7 +55,7 @@ def load_reference(model_args, classifier):
     hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
     reference = QuantGPT2LMHeadModel.from_pretrained(name, **hub)
     if reference.config.vocab_size != classifier.config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"--reference_model {name}: vocabulary of {reference.config.vocab_size}, the classifier has "
             f"{classifier.config.vocab_size}: both read the same tokens"
         )
@@ -100,7 +101,7 @@ def resolve_configs(model, texts):
             more = [f"... and {len(lines) - 3} more of this config"] if len(lines) > 4 else lines[3:]
             faults += [line if line.startswith(text) else f"{text}: {line}" for line in lines[:3] + more]
     if faults:
-        raise ValueError("nothing was evaluated; bit configs with faults:\n  " + "\n  ".join(faults))
+        raise UserError("nothing was evaluated; bit configs with faults:\n  " + "\n  ".join(faults))
     return configs
 
 

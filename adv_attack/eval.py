@@ -25,6 +25,7 @@ from attack_setup import (
     resolve_configs,
     write_text_atomic,
 )
+from models.errors import UserError
 from record import relative_path, run_record, write_json_atomic
 from text_classification import load_tokenizer, option, parse_args, plain_errors, setup_logging
 
@@ -98,7 +99,7 @@ def main():
     model_args, args = parse_args(ClassifierArguments, EvalArguments)
     setup_logging(types.SimpleNamespace(process_index=0))
     if args.best_of is not None and args.best_of < 1:
-        raise ValueError(f"--best_of {args.best_of}: must be at least 1")
+        raise UserError(f"--best_of {args.best_of}: must be at least 1")
     tokenizer = load_tokenizer(model_args)
     model = load_classifier(model_args, tokenizer)
     reference_name, reference = load_reference(model_args, model)

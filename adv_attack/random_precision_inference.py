@@ -34,6 +34,7 @@ from attack_setup import (
 )
 from classifier import accuracy_row
 from models.bitsandbytes_ptq import LABELS, METHODS, quantize_with_bitsandbytes
+from models.errors import UserError
 from record import relative_path, run_record, write_json_atomic
 from text_classification import load_tokenizer, option, parse_args, plain_errors, setup_logging
 
@@ -59,14 +60,14 @@ class RandomPrecisionArguments:
 def check_args(args):
     """Refuse what cannot work, before anything is loaded."""
     if len(set(args.precision_set)) < 2:
-        raise ValueError(f"--precision_set {' '.join(args.precision_set)}: needs at least two precisions")
+        raise UserError(f"--precision_set {' '.join(args.precision_set)}: needs at least two precisions")
     if args.repetitions < 2:
-        raise ValueError(f"--repetitions {args.repetitions}: at least 2, random precision is a random variable")
+        raise UserError(f"--repetitions {args.repetitions}: at least 2, random precision is a random variable")
     if args.best_of is not None and args.best_of < 1:
-        raise ValueError(f"--best_of {args.best_of}: must be at least 1")
+        raise UserError(f"--best_of {args.best_of}: must be at least 1")
     for method in args.bitsandbytes:
         if method not in METHODS:
-            raise ValueError(f"--bitsandbytes {method}: allowed are {', '.join(METHODS)}")
+            raise UserError(f"--bitsandbytes {method}: allowed are {', '.join(METHODS)}")
 
 
 def matrix_summary(matrix):
@@ -79,7 +80,7 @@ def matrix_summary(matrix):
     """
     matrix = np.asarray(matrix, dtype=np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"transfer matrix of shape {matrix.shape}: rows and columns must be the same precisions")
+        raise UserError(f"transfer matrix of shape {matrix.shape}: rows and columns must be the same precisions")
     size, diagonal, total = len(matrix), float(np.trace(matrix)), float(matrix.sum())
     return {
         "mean_all": total / size**2,

@@ -40,6 +40,7 @@ from transformers.utils.versions import require_version
 
 from classifier import accuracy_row, encode, load_rows
 from models.bit_config import describe_bit_config, short_name
+from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2ForSequenceClassification
 from record import relative_path, run_record, write_json_atomic
 from text_data import check_labels, number_of_classes
@@ -108,9 +109,12 @@ class TrainingTextArguments(TextArguments):
 def parse_args(*dataclass_types):
     """One instance of each dataclass, from the command line or from one JSON file."""
     parser = HfArgumentParser(dataclass_types)
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        return parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
-    return parser.parse_args_into_dataclasses()
+    try:
+        if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
+            return parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
+        return parser.parse_args_into_dataclasses()
+    except (ValueError, TypeError, ImportError) as error:  # of the flags themselves: nothing has run yet
+        raise UserError(error) from error
 
 
 # Copied from base_model/run_qa.py:setup_logging
@@ -131,22 +135,22 @@ def setup_logging(training_args):
 def check_args(model_args, training_args):
     """Refuse what cannot work, before anything is loaded."""
     if not (training_args.do_train or training_args.do_eval):
-        raise ValueError("nothing to do: pass --do_train or --do_eval")
+        raise UserError("nothing to do: pass --do_train or --do_eval")
     if training_args.do_predict:
-        raise ValueError("--do_predict: give the texts as --validation_file with --do_eval")
+        raise UserError("--do_predict: give the texts as --validation_file with --do_eval")
     widths, rpt = model_args.bit_widths or [], model_args.random_precision_training
     if widths and model_args.bit_config:
-        raise ValueError("--bit_widths and --bit_config both say the bits: pass one of them")
+        raise UserError("--bit_widths and --bit_config both say the bits: pass one of them")
     if rpt and len(set(widths)) < 2:
-        raise ValueError("--random_precision_training draws one of --bit_widths: pass at least two different ones")
+        raise UserError("--random_precision_training draws one of --bit_widths: pass at least two different ones")
     if len(set(widths)) < len(widths):
-        raise ValueError(f"--bit_widths {' '.join(map(str, widths))}: every width once")
+        raise UserError(f"--bit_widths {' '.join(map(str, widths))}: every width once")
     if len(widths) > 1 and not rpt:
-        raise ValueError("several --bit_widths need --random_precision_training")
+        raise UserError("several --bit_widths need --random_precision_training")
     if model_args.train_all_weights and model_args.add_lora:
-        raise ValueError("--train_all_weights and --add_lora contradict each other")
+        raise UserError("--train_all_weights and --add_lora contradict each other")
     if rpt and (training_args.fsdp or training_args.deepspeed):
-        raise ValueError("--fsdp and --deepspeed shard the model; random precision needs all of it on every process")
+        raise UserError("--fsdp and --deepspeed shard the model; random precision needs all of it on every process")
 
 
 # Copied from base_model/trainer_qa.py:last_complete_checkpoint
@@ -185,13 +189,13 @@ def starting_checkpoint(training_args, overwrite, settings):
         return None
     if asked and asked not in ("True", "true"):
         if not os.path.isdir(asked) or not is_complete(asked):
-            raise ValueError(f"--resume_from_checkpoint {asked}: not a complete checkpoint")
+            raise UserError(f"--resume_from_checkpoint {asked}: not a complete checkpoint")
         return asked
     content = os.listdir(folder) if os.path.isdir(folder) else []
     if overwrite or not content:
         return None
     if SETTINGS_FILE not in content:
-        raise ValueError(
+        raise UserError(
             f"--output_dir {folder} is not empty and no run of this script: pass --overwrite_output_dir, "
             "--resume_from_checkpoint or another --output_dir"
         )
@@ -201,7 +205,7 @@ def starting_checkpoint(training_args, overwrite, settings):
         f"{key}: {before.get(key)!r} then, {now!r} now" for key, now in settings.items() if before.get(key) != now
     ]
     if changed:
-        raise ValueError(
+        raise UserError(
             f"--output_dir {folder} holds a run with other settings ({'; '.join(changed)}): pass "
             "--overwrite_output_dir to start over, or another --output_dir"
         )
@@ -250,12 +254,12 @@ def open_model(model_class, model_args, tokenizer, training=False, **overrides):
         **overrides,
     )
     if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, the embedding of {model_args.model_name_or_path} "
             f"{model.config.vocab_size}: they do not belong together (--tokenizer_name)"
         )
     if training and model.config.exported_widths:
-        raise ValueError(
+        raise UserError(
             f"{model_args.model_name_or_path} is an exported checkpoint without float weights: it can be evaluated; "
             "train the checkpoint that it was made from"
         )
@@ -361,10 +365,10 @@ def run(trainer, resume, training_args, widths):
 # Copied from base_model/run_qa.py:plain_errors
 @contextlib.contextmanager
 def plain_errors():
-    """The user's mistakes end the script with one message instead of a traceback."""
+    """What a user or a disk did ends the script with one message; any other error shows its traceback."""
     try:
         yield
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (UserError, OSError, FloatingPointError) as error:
         logger.debug("", exc_info=True)
         sys.exit(f"error: {error}")
 

@@ -6,6 +6,8 @@ import os
 
 import datasets
 
+from models.errors import UserError
+
 SUFFIXES = (".jsonl", ".json", ".csv")
 CSV_FIELD_LIMIT = 1 << 24  # characters of one CSV field; Python's own limit is shorter than long reviews
 
@@ -27,7 +29,7 @@ def load_texts(*, dataset_name=None, dataset_config_name=None, files, splits, co
         elif dataset_name:
             rows[split] = _from_hub(dataset_name, dataset_config_name, split, columns, hub)
         else:
-            raise ValueError(f"no data for {split}: pass --{split}_file or --dataset_name")
+            raise UserError(f"no data for {split}: pass --{split}_file or --dataset_name")
     return rows
 
 
@@ -36,11 +38,11 @@ def read_text_file(path, columns=("text", "label")):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
     if not path.endswith(SUFFIXES):
-        raise ValueError(f"{path}: allowed are {', '.join(SUFFIXES)} (JSON: one object a line)")
+        raise UserError(f"{path}: allowed are {', '.join(SUFFIXES)} (JSON: one object a line)")
     reader = _csv_rows if path.endswith(".csv") else _json_rows
     rows = [_check(row, f"{path}, line {line}", columns) for line, row in reader(path)]
     if not rows:
-        raise ValueError(f"{path}: no rows in it")
+        raise UserError(f"{path}: no rows in it")
     return rows
 
 
@@ -52,7 +54,7 @@ def _json_rows(path):
             try:
                 yield line, json.loads(text)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {line}: not a JSON object ({error})") from None
+                raise UserError(f"{path}, line {line}: not a JSON object ({error})") from None
 
 
 def _csv_rows(path):
@@ -63,30 +65,30 @@ def _csv_rows(path):
             for row in reader:
                 yield reader.line_num, row
         except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+            raise UserError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
 
 
 def _decoded(file, path):
     try:
         yield from file
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error})") from None
+        raise UserError(f"{path}: not UTF-8 ({error})") from None
 
 
 def _check(row, place, columns):
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: want an object with {' and '.join(columns)}, found {type(row).__name__}")
+        raise UserError(f"{place}: want an object with {' and '.join(columns)}, found {type(row).__name__}")
     if absent := [key for key in columns if row.get(key) is None]:
-        raise ValueError(f"{place}: no {json.dumps(absent[0])}; found {', '.join(map(str, row)) or 'nothing'}")
+        raise UserError(f"{place}: no {json.dumps(absent[0])}; found {', '.join(map(str, row)) or 'nothing'}")
     text, label = (row[key] for key in columns)
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(
+        raise UserError(
             f"{place}: {json.dumps(columns[0])} = {json.dumps(text)}: allowed is a text that is not empty"
         )
     if isinstance(label, str) and label.isdecimal():
         label = int(label)  # CSV knows only strings
     if type(label) is not int or label < 0:
-        raise ValueError(
+        raise UserError(
             f"{place}: {json.dumps(columns[1])} = {json.dumps(label)}: allowed are the integers 0, 1, ..."
         )
     return {"text": text, "label": label}
@@ -97,10 +99,10 @@ def _from_hub(name, config, split, columns, hub):
     if split == "validation" and split not in found:
         split = "test"  # ag_news, imdb and dbpedia have no validation split
     if split not in found:
-        raise ValueError(f"{name}: no split {split}; found {', '.join(found)}")
+        raise UserError(f"{name}: no split {split}; found {', '.join(found)}")
     if absent := [key for key in columns if key not in found[split].column_names]:
         names = ", ".join(found[split].column_names)
-        raise ValueError(f"{name}: no column {absent[0]}; found {names} (--text_column, --label_column)")
+        raise UserError(f"{name}: no column {absent[0]}; found {names} (--text_column, --label_column)")
     pairs = zip(*(found[split][key] for key in columns), strict=True)
     return [
         _check(dict(zip(columns, pair, strict=True)), f"{name}, {split} row {n}", columns)
@@ -114,7 +116,7 @@ def number_of_classes(rows, source):
     missing = sorted(set(range(max(labels) + 1)) - labels)
     if missing or len(labels) < 2:
         wanted = "the labels must be 0 to K-1, at least two, each with a row"
-        raise ValueError(f"{source}: labels {sorted(labels)[:10]}: {wanted}")
+        raise UserError(f"{source}: labels {sorted(labels)[:10]}: {wanted}")
     return len(labels)
 
 
@@ -122,6 +124,6 @@ def check_labels(rows, num_labels, source):
     """Raise ValueError for a label that the classifier does not have."""
     for number, row in enumerate(rows):
         if row["label"] >= num_labels:
-            raise ValueError(
+            raise UserError(
                 f"{source}, row {number + 1}: label {row['label']}: the classifier has 0 to {num_labels - 1}"
             )

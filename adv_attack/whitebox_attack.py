@@ -27,6 +27,7 @@ from transformers import set_seed
 import gbda
 from attack_setup import ClassifierArguments, load_classifier, load_reference, model_checksum, resolve_configs
 from classifier import encode, hidden_states, last_position_logits, load_rows, pad_right
+from models.errors import UserError
 from record import relative_path, run_record, write_json_atomic
 from text_classification import TextArguments, load_tokenizer, option, parse_args, plain_errors, setup_logging
 from text_data import check_labels
@@ -73,7 +74,7 @@ def check_args(args):
         "candidate_tokens": ("all", "train"),
     }.items():
         if getattr(args, flag) not in allowed:
-            raise ValueError(f"--{flag} {getattr(args, flag)}: allowed are {', '.join(allowed)}")
+            raise UserError(f"--{flag} {getattr(args, flag)}: allowed are {', '.join(allowed)}")
     for flag in (
         "num_samples",
         "gumbel_batch",
@@ -83,12 +84,12 @@ def check_args(args):
         "candidate_min_count",
     ):
         if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} {getattr(args, flag)}: must be at least 1")
+            raise UserError(f"--{flag} {getattr(args, flag)}: must be at least 1")
     for flag in ("start_index", "num_iters", "lr", "initial_coeff", "kappa", "lam_sim", "lam_perp"):
         if not (math.isfinite(getattr(args, flag)) and getattr(args, flag) >= 0):
-            raise ValueError(f"--{flag} {getattr(args, flag)}: must be a number that is not negative")
+            raise UserError(f"--{flag} {getattr(args, flag)}: must be a number that is not negative")
     if args.attack_bits in ("random", "eot") and len(set(args.precision_set)) < 2:
-        raise ValueError(f"--attack_bits {args.attack_bits}: --precision_set needs at least two precisions")
+        raise UserError(f"--attack_bits {args.attack_bits}: --precision_set needs at least two precisions")
 
 
 def number_seed(*words):
@@ -101,7 +102,7 @@ def choose_texts(rows, args):
     order = random.Random(args.data_seed).sample(range(len(rows)), len(rows))
     chosen = order[args.start_index : args.start_index + args.num_samples]
     if not chosen:
-        raise ValueError(f"--start_index {args.start_index}: there are only {len(rows)} texts")
+        raise UserError(f"--start_index {args.start_index}: there are only {len(rows)} texts")
     return [(index, rows[index]) for index in chosen]
 
 
@@ -302,14 +303,14 @@ def start_output_dir(args, settings):
     content = os.listdir(args.output_dir) if os.path.isdir(args.output_dir) else []
     if content and not args.overwrite_output_dir:
         if SETTINGS_FILE not in content:
-            raise ValueError(f"--output_dir {args.output_dir} is not empty and no attack: pass another one")
+            raise UserError(f"--output_dir {args.output_dir} is not empty and no attack: pass another one")
         with open(path, encoding="utf-8") as file:
             before = json.load(file)
         changed = [
             f"{key}: {before.get(key)!r} then, {now!r} now" for key, now in settings.items() if before.get(key) != now
         ]
         if changed:
-            raise ValueError(
+            raise UserError(
                 f"--output_dir {args.output_dir} holds an attack with other settings ({'; '.join(changed)}): pass "
                 "--overwrite_output_dir to start over, or another --output_dir"
             )

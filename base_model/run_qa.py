@@ -29,6 +29,7 @@ from transformers.utils.versions import require_version
 
 from models.bit_config import describe_bit_config, short_name
 from models.bitsandbytes_ptq import LABELS, METHODS, quantize_with_bitsandbytes
+from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
 from record import file_checksum, relative_path, run_record, write_json_atomic
 from squad_data import load_qa_datasets
@@ -109,9 +110,12 @@ class DataTrainingArguments:
 def parse_args(*dataclass_types):
     """One instance of each dataclass, from the command line or from one JSON file."""
     parser = HfArgumentParser(dataclass_types)
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        return parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
-    return parser.parse_args_into_dataclasses()
+    try:
+        if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
+            return parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
+        return parser.parse_args_into_dataclasses()
+    except (ValueError, TypeError, ImportError) as error:  # of the flags themselves: nothing has run yet
+        raise UserError(error) from error
 
 
 def setup_logging(training_args):
@@ -131,18 +135,18 @@ def setup_logging(training_args):
 def check_args(model_args, data_args, training_args):
     """Refuse what cannot work, before anything is loaded."""
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
-        raise ValueError("nothing to do: pass --do_train, --do_eval or --do_predict")
+        raise UserError("nothing to do: pass --do_train, --do_eval or --do_predict")
     if model_args.bit_widths and model_args.bit_config:
-        raise ValueError("--bit_widths and --bit_config both say the bits: pass one of them")
+        raise UserError("--bit_widths and --bit_config both say the bits: pass one of them")
     if model_args.bit_widths and len(model_args.bit_widths) > 1:
-        raise ValueError(
+        raise UserError(
             f"--bit_widths {' '.join(map(str, model_args.bit_widths))}: base_model trains one static width; "
             "several at once are trained in switch_precision"
         )
     if model_args.bitsandbytes not in (None, *METHODS):
-        raise ValueError(f"--bitsandbytes {model_args.bitsandbytes}: allowed are {', '.join(METHODS)}")
+        raise UserError(f"--bitsandbytes {model_args.bitsandbytes}: allowed are {', '.join(METHODS)}")
     if model_args.bitsandbytes and (training_args.do_train or model_args.bit_widths or model_args.bit_config):
-        raise ValueError("--bitsandbytes is weight-only quantization after training: no --do_train, no bits of ours")
+        raise UserError("--bitsandbytes is weight-only quantization after training: no --do_train, no bits of ours")
 
 
 def starting_checkpoint(training_args, overwrite, settings):
@@ -156,13 +160,13 @@ def starting_checkpoint(training_args, overwrite, settings):
         return None
     if asked and asked not in ("True", "true"):
         if not os.path.isdir(asked) or not is_complete(asked):
-            raise ValueError(f"--resume_from_checkpoint {asked}: not a complete checkpoint")
+            raise UserError(f"--resume_from_checkpoint {asked}: not a complete checkpoint")
         return asked
     content = os.listdir(folder) if os.path.isdir(folder) else []
     if overwrite or not content:
         return None
     if SETTINGS_FILE not in content:
-        raise ValueError(
+        raise UserError(
             f"--output_dir {folder} is not empty and no run of this script: pass --overwrite_output_dir, "
             "--resume_from_checkpoint or another --output_dir"
         )
@@ -172,7 +176,7 @@ def starting_checkpoint(training_args, overwrite, settings):
         f"{key}: {before.get(key)!r} then, {now!r} now" for key, now in settings.items() if before.get(key) != now
     ]
     if changed:
-        raise ValueError(
+        raise UserError(
             f"--output_dir {folder} holds a run with other settings ({'; '.join(changed)}): pass "
             "--overwrite_output_dir to start over, or another --output_dir"
         )
@@ -218,12 +222,12 @@ def open_model(model_class, model_args, tokenizer, training=False, **overrides):
         **overrides,
     )
     if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, the embedding of {model_args.model_name_or_path} "
             f"{model.config.vocab_size}: they do not belong together (--tokenizer_name)"
         )
     if training and model.config.exported_widths:
-        raise ValueError(
+        raise UserError(
             f"{model_args.model_name_or_path} is an exported checkpoint without float weights: it can be evaluated; "
             "train the checkpoint that it was made from"
         )
@@ -384,10 +388,10 @@ def run(trainer, resume, examples, features, training_args):
 
 @contextlib.contextmanager
 def plain_errors():
-    """The user's mistakes end the script with one message instead of a traceback."""
+    """What a user or a disk did ends the script with one message; any other error shows its traceback."""
     try:
         yield
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (UserError, OSError, FloatingPointError) as error:
         logger.debug("", exc_info=True)
         sys.exit(f"error: {error}")
 

@@ -2,7 +2,7 @@
 
 In the order of a run: prepare_train_features or prepare_validation_features (for `Dataset.map(batched=True)`) -> the
 model -> postprocess_qa_predictions -> squad_em_f1.
-No model, trainer or command line here, and nothing of this repository is imported.
+No model, trainer or command line here.
 """
 
 import logging
@@ -18,6 +18,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 from numpy.lib.stride_tricks import sliding_window_view
+
+from models.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -77,19 +79,19 @@ def prepare_validation_features(
 def _tokenize_windows(examples, tokenizer, max_seq_length, doc_stride, separator):
     """Returns the encoding with offset_mapping and length, and for each window the index of its example."""
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
+        raise UserError(
             f"{type(tokenizer).__name__} is a slow tokenizer, without character offsets; "
             "allowed: a fast one (AutoTokenizer.from_pretrained(..., use_fast=True))"
         )
     if max_seq_length < 1 or doc_stride < 0:
-        raise ValueError(f"max_seq_length={max_seq_length}, doc_stride={doc_stride}; allowed: 1 or more, 0 or more")
+        raise UserError(f"max_seq_length={max_seq_length}, doc_stride={doc_stride}; allowed: 1 or more, 0 or more")
     # SQuAD has questions with leading spaces; they would only cost window
     prompts = [question.lstrip() + separator for question in examples["question"]]
     # measured first, because the tokenizer's own truncation panics (in Rust) where a window cannot advance
     room = max_seq_length - tokenizer.num_special_tokens_to_add(pair=True)
     for index, ids in enumerate(tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]):
         if room - len(ids) <= doc_stride:
-            raise ValueError(
+            raise UserError(
                 f"example {examples['id'][index]!r}: question and separator take {len(ids)} of the {room} tokens that "
                 f"--max_seq_length {max_seq_length} has for text and leave {max(0, room - len(ids))} for the context; "
                 f"allowed: more than --doc_stride {doc_stride}. Raise --max_seq_length or lower --doc_stride."
@@ -120,11 +122,11 @@ def _context_token_range(encoded, window: int) -> tuple[int, int]:
 def _first_answer_span(example_id: str, context: str, answers: dict) -> tuple[int, int]:
     """Characters [start, end) of the first answer, without outer whitespace."""
     if not answers["text"]:
-        raise ValueError(f"example {example_id!r}: has no answer; allowed for training: at least one")
+        raise UserError(f"example {example_id!r}: has no answer; allowed for training: at least one")
     text, start = answers["text"][0], answers["answer_start"][0]
     if not text.strip() or start < 0 or not context.startswith(text, start):
         there = context[max(start, 0) :][: len(text)]
-        raise ValueError(
+        raise UserError(
             f"example {example_id!r}: answer_start={start}, where the context has {there!r}; "
             f"allowed: a position where it has the answer {text!r}, which must not be blank"
         )
@@ -152,14 +154,14 @@ def postprocess_qa_predictions(
     Raises: ValueError for other shapes, NaN or +inf logits, a feature of an unknown example.
     """
     if n_best_size < 1 or max_answer_length < 1:
-        raise ValueError(f"n_best_size={n_best_size}, max_answer_length={max_answer_length}; allowed: 1 or more")
+        raise UserError(f"n_best_size={n_best_size}, max_answer_length={max_answer_length}; allowed: 1 or more")
     example_ids, bounds, char_starts, char_ends = _feature_offsets(features)
     longest = int(np.diff(bounds).max(initial=0))
     logits = [np.asarray(array) for array in predictions]
     if len(logits) != 2 or any(
         array.ndim != 2 or len(array) != len(example_ids) or array.shape[1] < longest for array in logits
     ):
-        raise ValueError(
+        raise UserError(
             f"predictions have the shapes {[array.shape for array in logits]}; allowed: start and end logits of shape "
             f"({len(example_ids)} features, {longest} tokens or more)"
         )
@@ -167,7 +169,7 @@ def postprocess_qa_predictions(
     windows_of: dict[str, list[int]] = {example_id: [] for example_id in ids}
     for window, example_id in enumerate(example_ids):
         if example_id not in windows_of:
-            raise ValueError(f"feature {window} is of {example_id!r}, which is not among the {len(ids)} examples")
+            raise UserError(f"feature {window} is of {example_id!r}, which is not among the {len(ids)} examples")
         windows_of[example_id].append(window)
     without = sum(not windows for windows in windows_of.values())
     if without:
@@ -185,7 +187,7 @@ def postprocess_qa_predictions(
             begins, ends = char_starts[tokens], char_ends[tokens]
             start_logits, end_logits = (array[window, tokens - bounds[window]].astype(np.float64) for array in logits)
             if not ((start_logits < np.inf).all() and (end_logits < np.inf).all()):
-                raise ValueError(f"example {example_id!r}: found NaN or +inf logits; allowed: numbers, or -inf")
+                raise UserError(f"example {example_id!r}: found NaN or +inf logits; allowed: numbers, or -inf")
             first, last = _best_spans(
                 start_logits, end_logits, visible[begins], visible[ends], n_best_size, max_answer_length
             )
@@ -284,7 +286,7 @@ def squad_em_f1(predictions: Mapping[str, str], references: Mapping[str, Sequenc
     """
     scores = squad_em_f1_per_example(predictions, references).values()
     if not scores:
-        raise ValueError("found no references; allowed: at least one")
+        raise UserError("found no references; allowed: at least one")
     # scaled once, after the sum: the official order of operations, so equal to the last digit
     return {name: 100.0 * sum(column) / len(scores) for name, column in zip(("exact_match", "f1"), zip(*scores))}
 
@@ -299,10 +301,10 @@ def squad_em_f1_per_example(
     scores = {}
     for example_id, golds in references.items():
         if isinstance(golds, str) or not len(golds) or not all(isinstance(gold, str) for gold in golds):
-            raise ValueError(f"reference {example_id!r} is {golds!r}; allowed: a list of at least one text")
+            raise UserError(f"reference {example_id!r} is {golds!r}; allowed: a list of at least one text")
         prediction = predictions.get(example_id)
         if prediction is not None and not isinstance(prediction, str):
-            raise ValueError(f"prediction {example_id!r} is {prediction!r}; allowed: a text")
+            raise UserError(f"prediction {example_id!r} is {prediction!r}; allowed: a text")
         scores[example_id] = (0.0, 0.0)
         if prediction is not None:
             words, golds = _answer_words(prediction), [_answer_words(gold) for gold in golds]

@@ -19,6 +19,8 @@ from trainer_qa import QuestionAnsweringTrainer
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from models.errors import UserError
+
 TENSORS = ("w", "a", "kv")
 PERIODS = ("real", "floor")
 
@@ -42,15 +44,15 @@ def cyclic_bit_width(step, total_steps, num_cyclic_period, min_bits, max_bits, p
     Source: CPT Eq. 1; released code cpt_cifar/train.py.
     """
     if not 1 <= num_cyclic_period <= total_steps:
-        raise ValueError(
+        raise UserError(
             f"num_cyclic_period = {num_cyclic_period}: allowed is 1 to the number of steps, {total_steps}"
         )
     if min_bits > max_bits:
-        raise ValueError(f"min_bits = {min_bits} is above max_bits = {max_bits}")
+        raise UserError(f"min_bits = {min_bits} is above max_bits = {max_bits}")
     if step < 0:
-        raise ValueError(f"step = {step}: counted from 0")
+        raise UserError(f"step = {step}: counted from 0")
     if period not in PERIODS:
-        raise ValueError(f"period = {period!r}: allowed are {', '.join(PERIODS)}")
+        raise UserError(f"period = {period!r}: allowed are {', '.join(PERIODS)}")
     # Whole numbers only: t mod 31.25 in floats can miss the start of a cycle.
     if period == "floor" or total_steps % num_cyclic_period == 0:
         length = total_steps // num_cyclic_period

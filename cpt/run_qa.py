@@ -42,6 +42,7 @@ from cyclic_precision_trainer import (
     write_schedule,
 )
 from models.bit_config import ALLOWED_BITS, ALLOWED_TEXT, describe_bit_config, short_name
+from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
 from models.quantization import FLOAT_BITS, QUANTIZED_BITS
 from record import file_checksum, relative_path, run_record, write_json_atomic
@@ -143,9 +144,12 @@ class DataTrainingArguments:
 def parse_args(*dataclass_types):
     """One instance of each dataclass, from the command line or from one JSON file."""
     parser = HfArgumentParser(dataclass_types)
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        return parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
-    return parser.parse_args_into_dataclasses()
+    try:
+        if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
+            return parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
+        return parser.parse_args_into_dataclasses()
+    except (ValueError, TypeError, ImportError) as error:  # of the flags themselves: nothing has run yet
+        raise UserError(error) from error
 
 
 # Copied from base_model/run_qa.py:setup_logging
@@ -166,42 +170,42 @@ def setup_logging(training_args):
 def check_args(cyclic_args, training_args):
     """Refuse what cannot work, before anything is loaded."""
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
-        raise ValueError("nothing to do: pass --do_train, --do_eval or --do_predict")
+        raise UserError("nothing to do: pass --do_train, --do_eval or --do_predict")
     widths = cyclic_args.bit_widths
     if len(widths) != 2 or not (set(widths) <= set(QUANTIZED_BITS) or widths[0] == widths[1] in FLOAT_BITS):
-        raise ValueError(
+        raise UserError(
             f"--bit_widths {' '.join(map(str, widths))}: allowed are the lowest and the highest width of a cycle, "
             "2 to 8, or twice 16 or 32"
         )
     if widths[0] > widths[1]:
-        raise ValueError(f"--bit_widths {widths[0]} {widths[1]}: the lowest width comes first")
+        raise UserError(f"--bit_widths {widths[0]} {widths[1]}: the lowest width comes first")
     named = {"fixed_bits": [cyclic_args.fixed_bits], "eval_bit_widths": cyclic_args.eval_bit_widths or []}
     for flag, bits in named.items():
         if not set(bits) <= set(ALLOWED_BITS):
-            raise ValueError(f"--{flag} {' '.join(map(str, bits))}: allowed are {ALLOWED_TEXT}")
+            raise UserError(f"--{flag} {' '.join(map(str, bits))}: allowed are {ALLOWED_TEXT}")
     if not cyclic_args.cycle or not set(cyclic_args.cycle) <= set(TENSORS):
-        raise ValueError(f"--cycle {' '.join(cyclic_args.cycle)}: allowed are {', '.join(TENSORS)}")
+        raise UserError(f"--cycle {' '.join(cyclic_args.cycle)}: allowed are {', '.join(TENSORS)}")
     if cyclic_args.period not in PERIODS:
-        raise ValueError(f"--period {cyclic_args.period}: allowed are {', '.join(PERIODS)}")
+        raise UserError(f"--period {cyclic_args.period}: allowed are {', '.join(PERIODS)}")
     if cyclic_args.gradient_bits != 32 and not 2 <= cyclic_args.gradient_bits <= 16:
-        raise ValueError(f"--gradient_bits {cyclic_args.gradient_bits}: allowed are 2 to 16, or 32 for float")
+        raise UserError(f"--gradient_bits {cyclic_args.gradient_bits}: allowed are 2 to 16, or 32 for float")
     if cyclic_args.precision_range_test:
         if not training_args.do_train or training_args.resume_from_checkpoint:
-            raise ValueError("--precision_range_test needs --do_train and starts afresh: no --resume_from_checkpoint")
+            raise UserError("--precision_range_test needs --do_train and starts afresh: no --resume_from_checkpoint")
         if not 2 <= cyclic_args.range_test_window <= cyclic_args.range_test_steps // 2:
-            raise ValueError(
+            raise UserError(
                 f"--range_test_window {cyclic_args.range_test_window}: allowed are 2 to half of --range_test_steps "
                 f"{cyclic_args.range_test_steps}"
             )
         if widths[1] in FLOAT_BITS:
-            raise ValueError(
+            raise UserError(
                 f"--precision_range_test ends at the highest of --bit_widths: {widths[1]} is no such width"
             )
     elif training_args.do_train:
         if training_args.max_steps < 1:
-            raise ValueError("--max_steps is missing: the cycles divide it")
+            raise UserError("--max_steps is missing: the cycles divide it")
         if not 1 <= cyclic_args.num_cyclic_period <= training_args.max_steps:
-            raise ValueError(
+            raise UserError(
                 f"--num_cyclic_period {cyclic_args.num_cyclic_period}: allowed is 1 to --max_steps "
                 f"{training_args.max_steps}, a cycle needs a step"
             )
@@ -219,13 +223,13 @@ def starting_checkpoint(training_args, overwrite, settings):
         return None
     if asked and asked not in ("True", "true"):
         if not os.path.isdir(asked) or not is_complete(asked):
-            raise ValueError(f"--resume_from_checkpoint {asked}: not a complete checkpoint")
+            raise UserError(f"--resume_from_checkpoint {asked}: not a complete checkpoint")
         return asked
     content = os.listdir(folder) if os.path.isdir(folder) else []
     if overwrite or not content:
         return None
     if SETTINGS_FILE not in content:
-        raise ValueError(
+        raise UserError(
             f"--output_dir {folder} is not empty and no run of this script: pass --overwrite_output_dir, "
             "--resume_from_checkpoint or another --output_dir"
         )
@@ -235,7 +239,7 @@ def starting_checkpoint(training_args, overwrite, settings):
         f"{key}: {before.get(key)!r} then, {now!r} now" for key, now in settings.items() if before.get(key) != now
     ]
     if changed:
-        raise ValueError(
+        raise UserError(
             f"--output_dir {folder} holds a run with other settings ({'; '.join(changed)}): pass "
             "--overwrite_output_dir to start over, or another --output_dir"
         )
@@ -284,12 +288,12 @@ def open_model(model_class, model_args, tokenizer, training=False, **overrides):
         **overrides,
     )
     if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, the embedding of {model_args.model_name_or_path} "
             f"{model.config.vocab_size}: they do not belong together (--tokenizer_name)"
         )
     if training and model.config.exported_widths:
-        raise ValueError(
+        raise UserError(
             f"{model_args.model_name_or_path} is an exported checkpoint without float weights: it can be evaluated; "
             "train the checkpoint that it was made from"
         )
@@ -457,10 +461,10 @@ def run(trainer, resume, examples, features, training_args):
 # Copied from base_model/run_qa.py:plain_errors
 @contextlib.contextmanager
 def plain_errors():
-    """The user's mistakes end the script with one message instead of a traceback."""
+    """What a user or a disk did ends the script with one message; any other error shows its traceback."""
     try:
         yield
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (UserError, OSError, FloatingPointError) as error:
         logger.debug("", exc_info=True)
         sys.exit(f"error: {error}")
 

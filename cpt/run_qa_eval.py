@@ -33,6 +33,7 @@ from eval_setup import (
 )
 from eval_stats import compare, markdown_table, with_interval
 from models.bit_config import describe_bit_config
+from models.errors import UserError
 from record import relative_path, run_record, write_json_atomic
 from run_qa import (
     DataTrainingArguments,
@@ -218,7 +219,7 @@ def main():
     model_args, data_args, training_args = parse_args(EvalArguments, EvalDataArguments, TrainingArguments)
     setup_logging(training_args)
     if training_args.do_train or training_args.do_predict:
-        raise ValueError("--do_train, --do_predict: this script only evaluates; run_qa.py trains and predicts")
+        raise UserError("--do_train, --do_predict: this script only evaluates; run_qa.py trains and predicts")
     set_seed(training_args.seed)
     tokenizer = load_tokenizer(model_args)
     model = load_model(model_args, tokenizer)

@@ -13,6 +13,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import kron
 
 from eval_setup import resolve_configs
+from models.errors import UserError
 
 BUDGETS = ("average_bits", "weight_mb", "bitops")
 
@@ -48,9 +49,9 @@ def read_sensitivity(path, checksum):
             record = json.load(file)
             found = record["identity"]["model_sha256"], record["flips"], record["identity"]["low_bits"]
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"--sensitivity_file {path}: not a record of sensitivity.py ({error!r})") from None
+            raise UserError(f"--sensitivity_file {path}: not a record of sensitivity.py ({error!r})") from None
     if found[0] != checksum:
-        raise ValueError(
+        raise UserError(
             f"--sensitivity_file {path}: swept a checkpoint with checksum {found[0][:16]}..., this one has "
             f"{checksum[:16]}...: run sweep.sh on it"
         )
@@ -66,19 +67,19 @@ class Problem:
         if bit_widths:
             asked = resolve_configs(model, bit_widths)
             if missing := [name for name, resolved in asked.items() if resolved not in swept.values()]:
-                raise ValueError(
+                raise UserError(
                     f"--bit_widths {' '.join(missing)}: the sensitivity file has only {', '.join(swept)}; sweep them "
                     "with sensitivity.py --low_bits"
                 )
             self.names = [name for name, resolved in swept.items() if resolved in asked.values()]
             if len(self.names) < 2 or identity["reference_config"] not in asked.values():
-                raise ValueError(
+                raise UserError(
                     f"--bit_widths: allowed are {next(iter(swept))} (the reference) and one more at least"
                 )
         else:
             self.names = list(swept)
         if lacking := [key for key, flip in flips.items() if flip["kind"] == "layer" and score not in flip]:
-            raise ValueError(f"--score {score}: {lacking[0]!r} has none; sweep with --num_gradient_batches 1 or more")
+            raise UserError(f"--score {score}: {lacking[0]!r} has none; sweep with --num_gradient_batches 1 or more")
         self.configs, self.shapes = [swept[name] for name in self.names], model.layer_shapes()
         self.options = {layer: [config[layer] for config in self.configs] for layer in self.shapes}
         costs = [[flips[f"{low}: {layer}"][score] for low in self.names[1:]] for layer in self.shapes]
@@ -94,7 +95,7 @@ class Problem:
         least = table.min(1).sum() / unit
         budget = int(np.floor(value * unit * (1 + 1e-12)))
         if table.min(1).sum() > budget:
-            raise ValueError(
+            raise UserError(
                 f"--{kind} {value:g}: below what {', '.join(self.names)} can give; allowed: {least:.6g} or more"
             )
         return table, budget
@@ -112,7 +113,7 @@ def solve(cost, resource, budget):
     """
     least = int(resource.min(1).sum())
     if least > budget:
-        raise ValueError(f"budget {budget} is below the {least} of the least option everywhere")
+        raise UserError(f"budget {budget} is below the {least} of the least option everywhere")
     linears, options = cost.shape
     unit = np.gcd.reduce(resource.ravel())
     scale = np.abs(cost).max() or 1.0  # the solver's tolerances are absolute
@@ -127,7 +128,7 @@ def solve(cost, resource, budget):
         options={"mip_rel_gap": 0.0},
     )
     if found.x is None:
-        raise ValueError(f"the solver found no assignment: {found.message}")
+        raise UserError(f"the solver found no assignment: {found.message}")
     return tuple(found.x.reshape(cost.shape).argmax(1).tolist())
 
 

@@ -31,6 +31,7 @@ import peers
 from eval_setup import write_text_atomic
 from eval_stats import markdown_table
 from models.bit_config import describe_bit_config
+from models.errors import UserError
 from plots import plt, save
 from record import relative_path, run_record, write_json_atomic
 from run_qa import option, parse_args, plain_errors
@@ -72,44 +73,44 @@ class BenchmarkArguments:
 def check_args(args):
     """Fill in the defaults and refuse what cannot work, before anything is loaded."""
     if bool(args.model_name_or_path) == args.random_weights:
-        raise ValueError("pass either --model_name_or_path or --random_weights")
+        raise UserError("pass either --model_name_or_path or --random_weights")
     if args.config_overrides and not args.random_weights:
-        raise ValueError("--config_overrides: a checkpoint has its size; only with --random_weights")
+        raise UserError("--config_overrides: a checkpoint has its size; only with --random_weights")
     if args.device not in ("cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"--device {args.device}: allowed are cpu, and cuda where there is a GPU")
+        raise UserError(f"--device {args.device}: allowed are cpu, and cuda where there is a GPU")
     for flag in ("rounds", "runs_per_round", "threads"):
         if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} {getattr(args, flag)}: at least 1")
+            raise UserError(f"--{flag} {getattr(args, flag)}: at least 1")
     args.shapes = list(dict.fromkeys(args.shapes or (["4x384"] if args.training else ["8x384", "1x180"])))
     for shape in args.shapes:
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
-            raise ValueError(f"--shapes {shape}: expected batch x tokens, as 8x384")
+            raise UserError(f"--shapes {shape}: expected batch x tokens, as 8x384")
     known = peers.names_of(args.training)
     asked = args.peers or [name for name in known if name not in peers.COMPILED or args.torch_compile]
     if unknown := [name for name in asked if name not in known]:
-        raise ValueError(f"--peers {' '.join(unknown)}: allowed are {', '.join(known)}")
+        raise UserError(f"--peers {' '.join(unknown)}: allowed are {', '.join(known)}")
     args.peers = [name for name in known if name in asked or name == peers.REFERENCE]
     if args.eval_record and args.training:
-        raise ValueError("--eval_record: accuracy belongs to the latency of a forward, not to --training")
+        raise UserError("--eval_record: accuracy belongs to the latency of a forward, not to --training")
 
 
 def read_eval_record(path):
     """[(resolved config, EM)] of a record of run_qa_eval.py."""
     if not os.path.isfile(path):
-        raise ValueError(f"--eval_record {path}: no such file")
+        raise UserError(f"--eval_record {path}: no such file")
     try:
         with open(path, encoding="utf-8") as file:
             record = json.load(file)
         layers = record["bit_config"]["layers"]
         return [(layers[row["config"]], row["exact_match"]) for row in record["rows"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--eval_record {path}: not a record.json of run_qa_eval.py ({error!r})") from None
+        raise UserError(f"--eval_record {path}: not a record.json of run_qa_eval.py ({error!r})") from None
 
 
 def check_shapes(shapes, positions):
     for shape in shapes:
         if int(shape.split("x")[1]) > positions:
-            raise ValueError(f"--shapes {shape}: the model has {positions} positions")
+            raise UserError(f"--shapes {shape}: the model has {positions} positions")
 
 
 def measure_times(entries, ids, rounds, runs, training):
@@ -253,7 +254,7 @@ def main():
     model, configs = peers.load(args)
     check_shapes(args.shapes, model.config.n_positions)
     if evaluated and not any(resolved in configs.values() for resolved, _ in evaluated):
-        raise ValueError(f"--eval_record {args.eval_record}: none of its configs is one of {', '.join(configs)}")
+        raise UserError(f"--eval_record {args.eval_record}: none of its configs is one of {', '.join(configs)}")
 
     left_out = {name: why for name in args.peers if (why := peers.why_missing(name, args.device))}
     for name, why in left_out.items():

@@ -5,6 +5,7 @@ import hashlib
 import os
 
 from models.bit_config import SHORT_FORM, short_name
+from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
 from run_qa import open_model, option
 
@@ -79,7 +80,7 @@ def resolve_configs(model, texts):
             more = [f"... and {len(lines) - 3} more of this config"] if len(lines) > 4 else lines[3:]
             faults += [line if line.startswith(text) else f"{text}: {line}" for line in lines[:3] + more]
     if faults:
-        raise ValueError("nothing was evaluated; bit configs with faults:\n  " + "\n  ".join(faults))
+        raise UserError("nothing was evaluated; bit configs with faults:\n  " + "\n  ".join(faults))
     return configs
 
 

@@ -16,6 +16,7 @@ import time
 from transformers import HfArgumentParser
 
 from eval_setup import CheckpointArguments, load_model, resolve_configs, trained_configs
+from models.errors import UserError
 from models.exported import PARTS, save_exported, served_widths
 from models.modeling_gpt2_quant import (
     QuantGPT2ForQuestionAnswering,
@@ -48,15 +49,15 @@ class ExportArguments(CheckpointArguments):
 
 def check_args(args):
     if not args.output_dir:
-        raise ValueError("--output_dir is missing: the folder that the deployable checkpoint goes to")
+        raise UserError("--output_dir is missing: the folder that the deployable checkpoint goes to")
     if args.head not in HEADS:
-        raise ValueError(f"--head {args.head}: allowed are {', '.join(HEADS)}")
+        raise UserError(f"--head {args.head}: allowed are {', '.join(HEADS)}")
     if os.path.isdir(args.model_name_or_path) and os.path.realpath(args.output_dir) == os.path.realpath(
         args.model_name_or_path
     ):
-        raise ValueError(f"--output_dir {args.output_dir} is the checkpoint itself, which would be lost")
+        raise UserError(f"--output_dir {args.output_dir} is the checkpoint itself, which would be lost")
     if os.path.exists(os.path.join(args.output_dir, "config.json")) and not args.overwrite_output_dir:
-        raise ValueError(f"--output_dir {args.output_dir} holds a checkpoint: pass --overwrite_output_dir")
+        raise UserError(f"--output_dir {args.output_dir} holds a checkpoint: pass --overwrite_output_dir")
 
 
 def main():
@@ -66,7 +67,7 @@ def main():
     tokenizer = load_tokenizer(args)
     model = load_model(args, tokenizer, HEADS[args.head])
     if model.config.exported_widths:
-        raise ValueError(f"{args.model_name_or_path} is exported already: export from the checkpoint of the training")
+        raise UserError(f"{args.model_name_or_path} is exported already: export from the checkpoint of the training")
     texts = args.bit_configs or trained_configs(model)
     configs = resolve_configs(model, texts)
     widths = served_widths(list(configs.values()))

@@ -20,6 +20,7 @@ from transformers import DynamicCache, set_seed
 
 from eval_setup import CheckpointArguments, load_model, resolve_configs
 from models.bit_config import describe_bit_config
+from models.errors import UserError
 from models.kv_cache import QuantizedKVCache, cache_bytes
 from models.modeling_gpt2_quant import QuantGPT2LMHeadModel
 from record import file_checksum, relative_path, run_record, write_json_atomic
@@ -51,16 +52,16 @@ class GenerationArguments:
 def check_args(args):
     """Refuse what cannot work, before anything is loaded."""
     if (args.prompt is None) == (args.prompt_file is None):
-        raise ValueError("pass either --prompt or --prompt_file")
+        raise UserError("pass either --prompt or --prompt_file")
     if args.kv_cache not in ("quantized", "float"):
-        raise ValueError(f"--kv_cache {args.kv_cache}: allowed are quantized, float")
+        raise UserError(f"--kv_cache {args.kv_cache}: allowed are quantized, float")
     for flag, lowest in {"max_new_tokens": 1, "num_beams": 1, "top_k": 0}.items():
         if getattr(args, flag) < lowest:
-            raise ValueError(f"--{flag} {getattr(args, flag)}: must be at least {lowest}")
+            raise UserError(f"--{flag} {getattr(args, flag)}: must be at least {lowest}")
     if args.temperature <= 0:
-        raise ValueError(f"--temperature {args.temperature}: must be positive; without --do_sample it is not used")
+        raise UserError(f"--temperature {args.temperature}: must be positive; without --do_sample it is not used")
     if not 0 < args.top_p <= 1:
-        raise ValueError(f"--top_p {args.top_p}: a probability, above 0 and at most 1")
+        raise UserError(f"--top_p {args.top_p}: a probability, above 0 and at most 1")
 
 
 def read_prompts(args):
@@ -71,9 +72,9 @@ def read_prompts(args):
             with open(args.prompt_file, encoding="utf-8") as file:
                 prompts = [file.read()]
         except UnicodeDecodeError as error:
-            raise ValueError(f"{args.prompt_file}: not UTF-8 text ({error})") from None
+            raise UserError(f"{args.prompt_file}: not UTF-8 text ({error})") from None
     if not all(prompts):
-        raise ValueError(f"{args.prompt_file or '--prompt'}: an empty prompt; GPT-2 needs at least one token")
+        raise UserError(f"{args.prompt_file or '--prompt'}: an empty prompt; GPT-2 needs at least one token")
     return prompts
 
 
@@ -83,7 +84,7 @@ def generate(model, tokenizer, prompts, args):
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, verbose=False).to(model.device)
     length, positions = inputs["input_ids"].shape[1], model.config.n_positions
     if length + args.max_new_tokens > positions:
-        raise ValueError(
+        raise UserError(
             f"a prompt of {length} tokens and --max_new_tokens {args.max_new_tokens} do not fit into the model's "
             f"{positions} positions"
         )

@@ -12,6 +12,7 @@ from operator import itemgetter
 import numpy as np
 import torch
 
+from models.errors import UserError
 from run_qa import build_features, load_data, make_collator
 from utils_qa import NULL_POSITION, postprocess_qa_predictions
 
@@ -145,7 +146,7 @@ def load_measure_set(model, tokenizer, model_args, data_args, training_args, chu
     """(MeasureSet of --measure_split, its source); `question_ids`: a function from all ids to those wanted."""
     split, positions = model_args.measure_split, model.config.max_position_embeddings
     if split not in ("validation", "train"):
-        raise ValueError(f"--measure_split {split}: allowed are validation, train")
+        raise UserError(f"--measure_split {split}: allowed are validation, train")
     examples, sources = load_data(data_args, [split], model_args)
     # in the form of a validation set, whichever it is
     features = build_features(

@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from eval_setup import resolve_configs, trained_configs
 from models.bitsandbytes_ptq import quantize_with_bitsandbytes
+from models.errors import UserError
 from models.exported import exported_state, served_widths
 from models.integer import unpack_int4
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
@@ -119,7 +120,7 @@ def load(args):
             if args.config_overrides:
                 config.update_from_string(args.config_overrides)
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"--config_overrides {args.config_overrides}: expected fields of GPT2Config as n_layer=24,n_embd=1024 "
                 f"({error})"
             ) from None

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from eval_stats import markdown_table
 from models.bit_config import describe_bit_config
+from models.errors import UserError
 
 logger = logging.getLogger("perplexity")
 
@@ -19,9 +20,9 @@ def read_tokens(path, tokenizer, at_least):
         with open(path, encoding="utf-8") as file:
             tokens = tokenizer(file.read(), return_tensors="pt", verbose=False)["input_ids"][0].long()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+        raise UserError(f"{path}: not UTF-8 text ({error})") from None
     if len(tokens) < at_least:
-        raise ValueError(f"{path}: {len(tokens)} tokens, at least {at_least} are needed (see --block_size)")
+        raise UserError(f"{path}: {len(tokens)} tokens, at least {at_least} are needed (see --block_size)")
     return tokens
 
 

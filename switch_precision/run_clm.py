@@ -23,6 +23,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator, set_
 from adaptive_lora_trainer import bit_configs_for_step
 from eval_setup import load_model, resolve_configs, trained_configs, write_text_atomic
 from models.bit_config import short_name
+from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2LMHeadModel
 from perplexity import perplexity_of_configs, read_tokens, table_lines
 from record import file_checksum, relative_path, run_record, write_json_atomic
@@ -63,14 +64,14 @@ def check_args(model_args, text_args, training_args):
     """Refuse what cannot work, before anything is loaded."""
     check_training_args(model_args, ObjectiveArguments(num_mixed_configs=text_args.num_mixed_configs), training_args)
     if training_args.do_predict or training_args.eval_strategy != "no":
-        raise ValueError("perplexity is measured once, by --do_eval: no --do_predict, no --eval_strategy")
+        raise UserError("perplexity is measured once, by --do_eval: no --do_predict, no --eval_strategy")
     for flag, file in {"do_train": "train_file", "do_eval": "validation_file"}.items():
         if getattr(training_args, flag) and not getattr(text_args, file):
-            raise ValueError(f"--{flag} needs --{file}")
+            raise UserError(f"--{flag} needs --{file}")
     if text_args.block_size < 2:
-        raise ValueError(f"--block_size {text_args.block_size}: at least 2 tokens, one to read and one to predict")
+        raise UserError(f"--block_size {text_args.block_size}: at least 2 tokens, one to read and one to predict")
     if text_args.stride is not None and not 1 <= text_args.stride <= text_args.block_size:
-        raise ValueError(f"--stride {text_args.stride}: 1 to --block_size {text_args.block_size}")
+        raise UserError(f"--stride {text_args.stride}: 1 to --block_size {text_args.block_size}")
 
 
 class JointLMTrainer(Trainer):

@@ -44,6 +44,7 @@ from adaptive_lora_trainer import (
     uniform_configs,
 )
 from models.bit_config import ALLOWED_BITS, ALLOWED_TEXT, describe_bit_config, resolve_bit_config, short_name
+from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
 from record import file_checksum, relative_path, run_record, write_json_atomic
 from squad_data import load_qa_datasets
@@ -149,9 +150,12 @@ class DataTrainingArguments:
 def parse_args(*dataclass_types):
     """One instance of each dataclass, from the command line or from one JSON file."""
     parser = HfArgumentParser(dataclass_types)
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        return parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
-    return parser.parse_args_into_dataclasses()
+    try:
+        if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
+            return parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
+        return parser.parse_args_into_dataclasses()
+    except (ValueError, TypeError, ImportError) as error:  # of the flags themselves: nothing has run yet
+        raise UserError(error) from error
 
 
 # Copied from base_model/run_qa.py:setup_logging
@@ -172,39 +176,39 @@ def setup_logging(training_args):
 def check_args(model_args, objective_args, training_args):
     """Refuse what cannot work, before anything is loaded."""
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
-        raise ValueError("nothing to do: pass --do_train, --do_eval or --do_predict")
+        raise UserError("nothing to do: pass --do_train, --do_eval or --do_predict")
     widths = model_args.bit_widths
     for bits in widths:
         if bits not in ALLOWED_BITS:
-            raise ValueError(f"--bit_widths: {bits} is not a bit-width, allowed are {ALLOWED_TEXT}")
+            raise UserError(f"--bit_widths: {bits} is not a bit-width, allowed are {ALLOWED_TEXT}")
     if len(set(widths)) < len(widths):
-        raise ValueError(f"--bit_widths {' '.join(map(str, widths))}: every width once")
+        raise UserError(f"--bit_widths {' '.join(map(str, widths))}: every width once")
     for flag, allowed in {
         "objective": ("joint", "random", "sequential"),
         "distill_loss": ("kl", "mse", "none"),
     }.items():
         if getattr(objective_args, flag) not in allowed:
-            raise ValueError(f"--{flag} {getattr(objective_args, flag)}: allowed are {', '.join(allowed)}")
+            raise UserError(f"--{flag} {getattr(objective_args, flag)}: allowed are {', '.join(allowed)}")
     for flag in ("num_mixed_configs", "sample_widths", "distill_weight"):
         if getattr(objective_args, flag) < 0:
-            raise ValueError(f"--{flag} {getattr(objective_args, flag)}: must not be negative")
+            raise UserError(f"--{flag} {getattr(objective_args, flag)}: must not be negative")
     if not 0 <= objective_args.curriculum <= 1:
-        raise ValueError(f"--curriculum {objective_args.curriculum}: a fraction of the steps, 0 to 1")
+        raise UserError(f"--curriculum {objective_args.curriculum}: a fraction of the steps, 0 to 1")
     if objective_args.distill_temperature <= 0:
-        raise ValueError(f"--distill_temperature {objective_args.distill_temperature}: must be positive")
+        raise UserError(f"--distill_temperature {objective_args.distill_temperature}: must be positive")
     if objective_args.sample_widths and (objective_args.objective != "joint" or model_args.bit_configs):
-        raise ValueError("--sample_widths adds widths to a joint step of --bit_widths: no other objective or configs")
+        raise UserError("--sample_widths adds widths to a joint step of --bit_widths: no other objective or configs")
     if objective_args.sample_widths > max(len(widths) - 2, 0):
-        raise ValueError(
+        raise UserError(
             f"--sample_widths {objective_args.sample_widths}: --bit_widths has {max(len(widths) - 2, 0)} widths "
             "between the highest and the lowest"
         )
     if objective_args.objective == "sequential" and (objective_args.teacher or objective_args.curriculum):
-        raise ValueError("--objective sequential has its own teachers and order: no --teacher, no --curriculum")
+        raise UserError("--objective sequential has its own teachers and order: no --teacher, no --curriculum")
     if objective_args.teacher and not model_args.bit_configs and 32 in widths:
-        raise ValueError("--teacher is the width 32, which --bit_widths has already")
+        raise UserError("--teacher is the width 32, which --bit_widths has already")
     if training_args.fsdp or training_args.deepspeed:
-        raise ValueError("--fsdp and --deepspeed shard the model; here every process needs all of it")
+        raise UserError("--fsdp and --deepspeed shard the model; here every process needs all of it")
 
 
 # Copied from base_model/run_qa.py:starting_checkpoint
@@ -219,13 +223,13 @@ def starting_checkpoint(training_args, overwrite, settings):
         return None
     if asked and asked not in ("True", "true"):
         if not os.path.isdir(asked) or not is_complete(asked):
-            raise ValueError(f"--resume_from_checkpoint {asked}: not a complete checkpoint")
+            raise UserError(f"--resume_from_checkpoint {asked}: not a complete checkpoint")
         return asked
     content = os.listdir(folder) if os.path.isdir(folder) else []
     if overwrite or not content:
         return None
     if SETTINGS_FILE not in content:
-        raise ValueError(
+        raise UserError(
             f"--output_dir {folder} is not empty and no run of this script: pass --overwrite_output_dir, "
             "--resume_from_checkpoint or another --output_dir"
         )
@@ -235,7 +239,7 @@ def starting_checkpoint(training_args, overwrite, settings):
         f"{key}: {before.get(key)!r} then, {now!r} now" for key, now in settings.items() if before.get(key) != now
     ]
     if changed:
-        raise ValueError(
+        raise UserError(
             f"--output_dir {folder} holds a run with other settings ({'; '.join(changed)}): pass "
             "--overwrite_output_dir to start over, or another --output_dir"
         )
@@ -279,7 +283,7 @@ def target_configs(model_args, shapes):
     for source in model_args.bit_configs:
         name = os.path.splitext(os.path.basename(source))[0]
         if name in targets:
-            raise ValueError(f"--bit_configs: two configs are called {name}; results could not tell them apart")
+            raise UserError(f"--bit_configs: two configs are called {name}; results could not tell them apart")
         targets[name] = resolve_bit_config(source, shapes)
 
     def average_bits(pair):
@@ -305,12 +309,12 @@ def open_model(model_class, model_args, tokenizer, training=False, **overrides):
         **overrides,
     )
     if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, the embedding of {model_args.model_name_or_path} "
             f"{model.config.vocab_size}: they do not belong together (--tokenizer_name)"
         )
     if training and model.config.exported_widths:
-        raise ValueError(
+        raise UserError(
             f"{model_args.model_name_or_path} is an exported checkpoint without float weights: it can be evaluated; "
             "train the checkpoint that it was made from"
         )
@@ -476,10 +480,10 @@ def run(trainer, resume, examples, features, training_args):
 # Copied from base_model/run_qa.py:plain_errors
 @contextlib.contextmanager
 def plain_errors():
-    """The user's mistakes end the script with one message instead of a traceback."""
+    """What a user or a disk did ends the script with one message; any other error shows its traceback."""
     try:
         yield
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (UserError, OSError, FloatingPointError) as error:
         logger.debug("", exc_info=True)
         sys.exit(f"error: {error}")
 

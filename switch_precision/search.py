@@ -26,6 +26,7 @@ from block_reuse import ReusedForward
 from eval_setup import CheckpointArguments, load_model, model_checksum, resolve_configs, write_text_atomic
 from measure_set import autocast_of, load_measure_set, span_kl, span_nll
 from models.bit_config import describe_bit_config
+from models.errors import UserError
 from plots import draw_pareto
 from record import relative_path, run_record, write_json_atomic
 from run_qa import load_tokenizer, option, parse_args, plain_errors, setup_logging
@@ -66,13 +67,13 @@ def check_args(args):
     """The budget as (kind, value), None for --pareto alone."""
     given = [(kind, getattr(args, kind)) for kind in BUDGETS if getattr(args, kind) is not None]
     if len(given) > 1 or (not given and not args.pareto):
-        raise ValueError("allowed is one budget of --average_bits, --weight_mb, --bitops; or --pareto for a grid")
+        raise UserError("allowed is one budget of --average_bits, --weight_mb, --bitops; or --pareto for a grid")
     for name, allowed in (("score", SCORE_NAMES), ("refine_by", ("kl", "loss"))):
         if getattr(args, name) not in allowed:
-            raise ValueError(f"--{name} {getattr(args, name)}: allowed are {', '.join(allowed)}")
+            raise UserError(f"--{name} {getattr(args, name)}: allowed are {', '.join(allowed)}")
     for name, least in (("refine_candidates", 1), ("max_refine_samples", 1), ("pareto_points", 2)):
         if getattr(args, name) < least:
-            raise ValueError(f"--{name} {getattr(args, name)}: allowed are {least} or more")
+            raise UserError(f"--{name} {getattr(args, name)}: allowed are {least} or more")
     return given[0] if given else None
 
 
@@ -142,7 +143,7 @@ def main():
     setup_logging(training_args)
     main_budget = check_args(args)
     if training_args.world_size > 1:
-        raise ValueError(f"the search is one process, not {training_args.world_size}: --nproc_per_node=1")
+        raise UserError(f"the search is one process, not {training_args.world_size}: --nproc_per_node=1")
     set_seed(training_args.seed)
     if not os.path.isfile(args.sensitivity_file):
         read_sensitivity(args.sensitivity_file, "")

@@ -28,6 +28,7 @@ from eval_stats import compare, markdown_table, with_interval
 from gradient_scores import MEASURES, SCORES, correlations, gradient_scores
 from measure_set import autocast_of, load_measure_set, span_kl, span_nll
 from models.bit_config import describe_bit_config
+from models.errors import UserError
 from plots import TYPES, draw_heat_map
 from record import relative_path, run_record, write_json_atomic
 from run_qa import (
@@ -117,7 +118,7 @@ def open_state(folder, identity, overwrite):
             shown = "; ".join(
                 f"{key}: {str(before.get(key))[:80]} then, {str(identity[key])[:80]} now" for key in changed
             )
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds a sweep with other settings ({shown}): pass --overwrite_output_dir to start over, or "
                 "another --output_dir"
             )
@@ -177,9 +178,9 @@ def main():
     model_args, data_args, training_args = parse_args(SweepArguments, DataTrainingArguments, TrainingArguments)
     setup_logging(training_args)
     if training_args.world_size > 1:
-        raise ValueError(f"the sweep is one process, not {training_args.world_size}: --nproc_per_node=1")
+        raise UserError(f"the sweep is one process, not {training_args.world_size}: --nproc_per_node=1")
     if model_args.chunk_batches < 1 or model_args.num_gradient_batches < 0 or model_args.num_bootstrap < 0:
-        raise ValueError("--chunk_batches must be 1 or more, --num_gradient_batches and --num_bootstrap 0 or more")
+        raise UserError("--chunk_batches must be 1 or more, --num_gradient_batches and --num_bootstrap 0 or more")
     set_seed(training_args.seed)
     tokenizer = load_tokenizer(model_args)
     model = load_model(model_args, tokenizer).to(training_args.device)
@@ -188,7 +189,7 @@ def main():
     flips = make_flips(reference, lows)
     if not lows or reference in lows.values():
         shown = " ".join(model_args.low_bits)
-        raise ValueError(f"--low_bits {shown}: allowed are configs other than --reference_config {name}")
+        raise UserError(f"--low_bits {shown}: allowed are configs other than --reference_config {name}")
     measure_set, sources = load_measure_set(
         model, tokenizer, model_args, data_args, training_args, model_args.chunk_batches
     )

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import datasets
 
+from models.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 MAX_FAULTS_SHOWN = 10
@@ -60,9 +62,9 @@ def load_squad_json(path: str | os.PathLike, require_answers: bool = True) -> li
     if faults:
         more = [f"... and {len(faults) - MAX_FAULTS_SHOWN} more"] if len(faults) > MAX_FAULTS_SHOWN else []
         lines = "\n  - ".join(faults[:MAX_FAULTS_SHOWN] + more)
-        raise ValueError(f"{path}: {len(faults)} fault(s) in the records:\n  - {lines}")
+        raise UserError(f"{path}: {len(faults)} fault(s) in the records:\n  - {lines}")
     if not rows:
-        raise ValueError(f"{path}: found no question; allowed: at least one, in {_FORMS}")
+        raise UserError(f"{path}: found no question; allowed: at least one, in {_FORMS}")
     return rows
 
 
@@ -70,7 +72,7 @@ def _read_records(path: str) -> list[tuple[str, object]]:
     """The top-level records as (where, record)."""
 
     def refuse(found, cause=None):
-        raise ValueError(f"{path}: {found}; allowed: {_FORMS}") from cause
+        raise UserError(f"{path}: {found}; allowed: {_FORMS}") from cause
 
     if os.path.isdir(path):
         refuse("is a folder")
@@ -235,7 +237,7 @@ def load_qa_datasets(
         result[split] = datasets.Dataset.from_list(rows, features=SQUAD_FEATURES)
     for split in splits or (() if result else ("train",)):
         if split not in result:
-            raise ValueError(
+            raise UserError(
                 f"no data for the split {split} (dataset_name={dataset_name!r}, {split}_file={given.get(split)!r}); "
                 f"pass --dataset_name (for example squad) or --{split}_file"
             )
@@ -248,7 +250,7 @@ def _as_squad_columns(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
     answers = dataset.features.get("answers")
     lacking = set(COLUMNS) - {"title"} - set(dataset.column_names)
     if lacking or not isinstance(answers, dict) or not set(_ANSWERS) <= set(answers):
-        raise ValueError(
+        raise UserError(
             f"{name}: found the columns {dataset.column_names}, answers as {answers}; allowed: {_FLAT_ROW}. "
             "The official nested JSON goes to --train_file or --validation_file."
         )

@@ -9,6 +9,8 @@ Weight-only, unlike this repository's W-A-KV configs, so its numbers stand in co
 
 from torch import nn
 
+from .errors import UserError
+
 METHODS = ("8bit", "nf4")
 LABELS = {"8bit": "bitsandbytes int8 (weight-only)", "nf4": "bitsandbytes nf4 + double quantization (weight-only)"}
 
@@ -36,20 +38,20 @@ def quantize_with_bitsandbytes(model, method):
         model: a QuantGPT2... model; its own bits are ignored, its active adapters stay.
         method: "8bit" or "nf4".
     Raises:
-        ValueError: other methods, a model without float weights. ImportError: bitsandbytes is not installed.
+        ValueError: other methods, a model without float weights, bitsandbytes is not installed.
     """
     if method not in METHODS:
-        raise ValueError(f"bitsandbytes method {method!r}: allowed are {', '.join(METHODS)}")
+        raise UserError(f"bitsandbytes method {method!r}: allowed are {', '.join(METHODS)}")
     if model.config.exported_widths:
-        raise ValueError("bitsandbytes quantizes float weights, and an exported checkpoint has none")
+        raise UserError("bitsandbytes quantizes float weights, and an exported checkpoint has none")
     try:
         import bitsandbytes as bnb
     except ImportError as error:
-        raise ImportError("bitsandbytes is not installed: pip install -r requirements.txt") from error
+        raise UserError("bitsandbytes is not installed: pip install -r requirements.txt") from error
     for name, layer in model.quant_layers().items():
         out_features, in_features = layer.weight.shape
         if method == "nf4" and in_features % 64:
-            raise ValueError(f"{name}: nf4 works on blocks of 64 weights, but the layer has {in_features} inputs")
+            raise UserError(f"{name}: nf4 works on blocks of 64 weights, but the layer has {in_features} inputs")
         weight, device = layer.weight.detach().cpu(), layer.weight.device
         if method == "8bit":
             base = bnb.nn.Linear8bitLt(in_features, out_features, has_fp16_weights=False, threshold=6.0)

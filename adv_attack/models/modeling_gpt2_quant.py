@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import attention, kernels
 from .bit_config import has_kv, resolve_bit_config
+from .errors import UserError
 from .exported import WEIGHTS_NAME, take_codes
 from .integer import PACKED_BITS, ROWS, integer_linear, is_supported, pack_int4, unpack_int4
 from .quantization import (
@@ -115,7 +116,7 @@ class QuantLinear(nn.Module):
                 self._quantized, self._quantized_from = {}, state
         if w_bits not in self._quantized:
             if self.weight is None:
-                raise ValueError(f"w_bits = {w_bits}: only codes of {sorted(self._quantized)} bits are kept")
+                raise UserError(f"w_bits = {w_bits}: only codes of {sorted(self._quantized)} bits are kept")
             codes, scale = quantize(self.weight, w_bits)
             self._quantized[w_bits] = (pack_int4(codes) if w_bits <= PACKED_BITS else codes), scale
         return self._quantized[w_bits]
@@ -135,7 +136,7 @@ class QuantLinear(nn.Module):
             columns = (self.in_features + 1) // 2 if packed else self.in_features
             expected = ((self.out_features, columns), torch.uint8 if packed else torch.int8)
             if (tuple(codes.shape), codes.dtype) != expected or tuple(scale.shape) != (self.out_features, 1):
-                raise ValueError(
+                raise UserError(
                     f"codes at {w_bits} bits are {codes.dtype} {tuple(codes.shape)} with scale {tuple(scale.shape)}: "
                     f"this layer takes {expected[1]} {expected[0]} with scale {(self.out_features, 1)}"
                 )
@@ -317,7 +318,7 @@ class QuantGPT2Mixin:
             if layer.weight is None and bits["w_bits"] not in layer.stored_codes()
         ]
         if faults:
-            raise ValueError("\n".join(faults))
+            raise UserError("\n".join(faults))
         for name, bits in resolved.items():
             layers[name].w_bits, layers[name].a_bits = bits["w_bits"], bits["a_bits"]
             layers[name].kv_bits = bits.get("kv_bits")
@@ -352,9 +353,9 @@ class QuantGPT2Mixin:
         """
         dtypes = {"fp32": None, "bf16": torch.bfloat16}
         if execution not in ("integer", "fake"):
-            raise ValueError(f"execution = {execution!r}: allowed are integer, fake")
+            raise UserError(f"execution = {execution!r}: allowed are integer, fake")
         if backward_dtype not in dtypes:
-            raise ValueError(f"backward_dtype = {backward_dtype!r}: allowed are {', '.join(dtypes)}")
+            raise UserError(f"backward_dtype = {backward_dtype!r}: allowed are {', '.join(dtypes)}")
         for layer in self.quant_layers().values():
             layer.execution, layer.backward_dtype = execution, dtypes[backward_dtype]
         for block in self.transformer.h:
@@ -393,11 +394,11 @@ class QuantGPT2Mixin:
         bank = [str(key) for key in bank]
         allowed = {str(bits) for bits in (2, 3, 4, 5, 6, 7, 8, 16, 32)}
         if self.config.lora_bank:
-            raise ValueError(f"the model has a LoRA bank already: {self.config.lora_bank}")
+            raise UserError(f"the model has a LoRA bank already: {self.config.lora_bank}")
         if bank != ["shared"] and (not bank or len(set(bank)) < len(bank) or not set(bank) <= allowed):
-            raise ValueError(f'LoRA bank {bank}: allowed are different bit-widths (2 to 8, 16, 32) or ["shared"]')
+            raise UserError(f'LoRA bank {bank}: allowed are different bit-widths (2 to 8, 16, 32) or ["shared"]')
         if r < 1 or alpha <= 0:
-            raise ValueError(f"LoRA r = {r}, alpha = {alpha}: both must be positive")
+            raise UserError(f"LoRA r = {r}, alpha = {alpha}: both must be positive")
         self.config.lora_bank, self.config.lora_r, self.config.lora_alpha = bank, r, alpha
         self._add_adapters()
         widths = [key for key in bank if key != "shared"]
@@ -432,19 +433,19 @@ class QuantGPT2Mixin:
             return cls._from_stock(name_or_path, hub, kwargs)
         if config.model_type != "quant_gpt2":
             allowed = "'gpt2' and 'quant_gpt2'"
-            raise ValueError(f"{name_or_path}: model_type is {config.model_type!r}, allowed are {allowed}")
+            raise UserError(f"{name_or_path}: model_type is {config.model_type!r}, allowed are {allowed}")
         config = QuantGPT2Config.from_pretrained(name_or_path, **hub, **kwargs)
         state = _read_weights(name_or_path)
         if config.base_model_name_or_path:
             base_name = base_model_name_or_path or config.base_model_name_or_path
             if not base_model_name_or_path and os.path.isabs(base_name) and not os.path.isdir(base_name):
-                raise ValueError(
+                raise UserError(
                     f"{name_or_path}: its base model {base_name} is not there any more; "
                     "say where it is with --base_model_name_or_path"
                 )
             base = cls.from_pretrained(base_name, **(hub if not os.path.isdir(base_name) else {}))
             if (found := base.base_checksum()) != config.base_checksum:
-                raise ValueError(
+                raise UserError(
                     f"{name_or_path}: trained on a base with checksum {config.base_checksum[:16]}..., but "
                     f"{base_name} has {found[:16]}...; adapters do not fit other weights"
                 )
@@ -465,9 +466,9 @@ class QuantGPT2Mixin:
                 name_or_path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **hub, **overrides
             )
         except SafetensorError as error:
-            raise ValueError(f"{name_or_path}: its safetensors file is damaged ({error}); fetch it again") from None
+            raise UserError(f"{name_or_path}: its safetensors file is damaged ({error}); fetch it again") from None
         if missing := sorted(name for name in info["missing_keys"] if is_base(name)):
-            raise ValueError(f"{name_or_path}: weights are missing: {', '.join(missing[:3])} ({len(missing)} in all)")
+            raise UserError(f"{name_or_path}: weights are missing: {', '.join(missing[:3])} ({len(missing)} in all)")
         transposed = {f"{name}.weight" for name, module in stock.named_modules() if isinstance(module, Conv1D)}
         state = {name: v.t() if name in transposed else v for name, v in stock.state_dict().items()}
         with no_init_weights():
@@ -479,11 +480,11 @@ class QuantGPT2Mixin:
         try:
             missing, unexpected = self.load_state_dict(state, strict=False)
         except RuntimeError as error:
-            raise ValueError(f"{source}: the weights do not fit its config.json: {error}") from None
+            raise UserError(f"{source}: the weights do not fit its config.json: {error}") from None
         self.tie_weights()
         missing = [name for name in missing if name not in (self._tied_weights_keys or {})]
         if missing or unexpected:
-            raise ValueError(f"{source}: weights missing: {missing[:3]}; not part of the model: {unexpected[:3]}")
+            raise UserError(f"{source}: weights missing: {missing[:3]}; not part of the model: {unexpected[:3]}")
 
     def set_base(self, name_or_path):
         """Make checkpoints refer to this frozen base (name or path, and checksum) instead of containing it."""
@@ -506,7 +507,7 @@ class QuantGPT2Mixin:
         Raises ValueError after `drop_float_weights`, OSError.
         """
         if any(layer.weight is None for layer in self.quant_layers().values()):
-            raise ValueError("the float weights were dropped (drop_float_weights): this model has no float checkpoint")
+            raise UserError("the float weights were dropped (drop_float_weights): this model has no float checkpoint")
         state_dict = self.state_dict() if state_dict is None else state_dict
         if self.config.base_model_name_or_path:
             state_dict = {name: value for name, value in state_dict.items() if not is_base(name)}
@@ -525,11 +526,11 @@ def is_base(name):
 def _read_weights(folder):
     path = os.path.join(folder, WEIGHTS_NAME)
     if not os.path.isfile(path):
-        raise ValueError(f"{folder}: no {WEIGHTS_NAME} in it, so this is no complete checkpoint")
+        raise UserError(f"{folder}: no {WEIGHTS_NAME} in it, so this is no complete checkpoint")
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or truncated ({error}); use an earlier checkpoint") from None
+        raise UserError(f"{path}: damaged or truncated ({error}); use an earlier checkpoint") from None
 
 
 class QuantGPT2ForQuestionAnswering(QuantGPT2Mixin, GPT2ForQuestionAnswering):

@@ -10,6 +10,7 @@ import os
 import re
 from fnmatch import fnmatchcase
 
+from .errors import UserError
 from .quantization import FLOAT_BITS, QUANTIZED_BITS
 
 ALLOWED_BITS = QUANTIZED_BITS + FLOAT_BITS
@@ -32,14 +33,14 @@ def read_bit_config(path):
         keys = [key for key, _ in pairs]
         repeated = sorted({key for key in keys if keys.count(key) > 1})
         if repeated:
-            raise ValueError(f"{path}: duplicate key {', '.join(map(json.dumps, repeated))}: keep one of them")
+            raise UserError(f"{path}: duplicate key {', '.join(map(json.dumps, repeated))}: keep one of them")
         return dict(pairs)
 
     with open(path, encoding="utf-8") as file:
         try:
             return json.load(file, object_pairs_hook=no_duplicates)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not valid JSON ({error})") from None
+            raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
 def _parse_value(value):
@@ -81,7 +82,7 @@ def resolve_bit_config(config, layers):
     elif not isinstance(config, dict):
         config = {"default": config}
     if not isinstance(config, dict):
-        raise ValueError(f"{source}: expected a JSON object of layer names and bits, found {type(config).__name__}")
+        raise UserError(f"{source}: expected a JSON object of layer names and bits, found {type(config).__name__}")
 
     layers = list(layers)
     resolved = {layer: {} for layer in layers}
@@ -119,7 +120,7 @@ def resolve_bit_config(config, layers):
                 cure = 'name the layer or give a "default"'
                 faults.append(f"{json.dumps(bare[0])}{others}: nothing sets {field}; {cure}")
     if faults:
-        raise ValueError("\n".join(f"{source}: {fault}" for fault in faults))
+        raise UserError("\n".join(f"{source}: {fault}" for fault in faults))
     return {layer: {f: bits[f] for f in FIELDS if f in bits} for layer, bits in resolved.items()}
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from .errors import UserError
 from .quantization import QUANTIZED_BITS
 
 WEIGHTS_NAME = "model.safetensors"
@@ -29,7 +30,7 @@ def served_widths(configs):
     widths = {layer: sorted({config[layer]["w_bits"] for config in configs}) for layer in configs[0]}
     floats = [layer for layer, found in widths.items() if found[-1] not in QUANTIZED_BITS]
     if floats:
-        raise ValueError(
+        raise UserError(
             f'"{floats[0]}".w_bits = {widths[floats[0]][-1]} ({len(floats)} layers): exported linears have 2 to 8 bits'
         )
     return widths
@@ -95,13 +96,13 @@ def take_codes(model, state, source):
         widths = model.config.exported_widths.get(name, [])
         names = [f"{name}.{kind}.{bits}" for bits in widths for kind in ("codes", "scale")]
         if not names or (missing := [key for key in names if key not in state]):
-            raise ValueError(f"{source}: no {missing[0] if names else f'exported_widths of {name}'} in it")
+            raise UserError(f"{source}: no {missing[0] if names else f'exported_widths of {name}'} in it")
         try:
             layer.set_stored_codes(
                 {b: (state.pop(f"{name}.codes.{b}"), state.pop(f"{name}.scale.{b}")) for b in widths}
             )
         except ValueError as error:
-            raise ValueError(f"{source}: {name}: {error}") from None
+            raise UserError(f"{source}: {name}: {error}") from None
         for key in set(layer.lora_A) - {"shared", *map(str, widths)}:
             del layer.lora_A[key], layer.lora_B[key]
     for key, tensor in state.items():

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from . import kernels
+from .errors import UserError
 from .quantization import codes_as_float, fake_quantize_kv_, output_dtype, row_scale
 
 ROWS = 512  # tokens in a piece on a CPU
@@ -36,7 +37,7 @@ def pack_int4(codes):
         ValueError: a code needs more than four bits.
     """
     if codes.numel() and (codes.amin() < -8 or codes.amax() > 7):
-        raise ValueError(f"codes from {codes.amin().item()} to {codes.amax().item()} do not fit in four bits (-8..7)")
+        raise UserError(f"codes from {codes.amin().item()} to {codes.amax().item()} do not fit in four bits (-8..7)")
     half = (codes.shape[-1] + 1) // 2
     high = F.pad(codes[..., half:], (0, 2 * half - codes.shape[-1]))
     return ((codes[..., :half] & 15) | (high << 4)).view(torch.uint8)

@@ -14,6 +14,8 @@ and the straight-through estimator (STE) is the plain identity.
 import torch
 import torch.nn.functional as F
 
+from .errors import UserError
+
 QUANTIZED_BITS = (2, 3, 4, 5, 6, 7, 8)
 FLOAT_BITS = (16, 32)  # "not quantized": the tensor is used as it is
 
@@ -21,7 +23,7 @@ FLOAT_BITS = (16, 32)  # "not quantized": the tensor is used as it is
 def check_bits(bits, allowed=QUANTIZED_BITS + FLOAT_BITS):
     """Raise ValueError unless `bits` is an int (no bool, float or string) out of `allowed`."""
     if type(bits) is not int or bits not in allowed:
-        raise ValueError(f"bits = {bits!r} is not allowed: choose one of {', '.join(map(str, allowed))}")
+        raise UserError(f"bits = {bits!r} is not allowed: choose one of {', '.join(map(str, allowed))}")
     return bits
 
 

@@ -13,6 +13,7 @@ out of the values and gives the same values again, bit for bit: a token is never
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
+from .errors import UserError
 from .integer import PACKED_BITS
 from .quantization import FLOAT_BITS, dequantize
 
@@ -45,7 +46,7 @@ def recover_codes(values, bits):
     scale = torch.where(amax == 0, 0, (low + high) / 2).float()
     codes = codes.to(torch.int8)
     if not torch.equal(dequantize(codes, scale).to(values.dtype), values):
-        raise ValueError(
+        raise UserError(
             f"K/V are not values of the {bits}-bit quantizer, which this cache was made for: either the bits of the "
             "model were changed after the cache was made, or K/V are not finite"
         )
@@ -79,7 +80,7 @@ class QuantizedKVLayer(CacheLayerMixin):
     def update(self, key_states, value_states, *args, **kwargs):
         """Append K and V of new tokens, (batch, heads, tokens, head_dim) each; returns those of all tokens."""
         if key_states.requires_grad:
-            raise ValueError("the quantized KV cache is for decoding: use torch.no_grad(); to train, use_cache=False")
+            raise UserError("the quantized KV cache is for decoding: use torch.no_grad(); to train, use_cache=False")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         kv = torch.stack([key_states, value_states]).transpose(2, 3)  # (2, batch, tokens, heads, head_dim)
@@ -105,7 +106,7 @@ class QuantizedKVLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove):
         """Forget the last tokens; a negative number, as everywhere in transformers 5."""
         if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): pass the number of tokens to remove as a negative number")
+            raise UserError(f"crop({tokens_to_remove}): pass the number of tokens to remove as a negative number")
         length = max(self.get_seq_length() + tokens_to_remove, 0)
         self._replace(lambda tensor: tensor[:, :, :, :length].clone())  # a view would keep the memory
 
