@@ -15,7 +15,6 @@ import dataclasses
 import json
 import logging
 import os
-import shutil
 import sys
 import time
 import warnings
@@ -29,18 +28,18 @@ from transformers.utils.versions import require_version
 
 from models.bit_config import describe_bit_config, short_name
 from models.bitsandbytes_ptq import LABELS, METHODS, quantize_with_bitsandbytes
-from models.errors import UserError
+from models.errors import UserError, is_disk_error
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
-from record import file_checksum, relative_path, run_record, write_json_atomic
+from record import file_checksum, relative_path, rows_checksum, run_record, write_json_atomic
+from resuming import OutputFolder, input_checksums, run_settings, tokenizer_checksum
 from squad_data import load_qa_datasets
-from trainer_qa import QuestionAnsweringTrainer, is_complete, last_complete_checkpoint
+from trainer_qa import QuestionAnsweringTrainer
 from utils_qa import prepare_train_features, prepare_validation_features
 
 require_version("transformers>=5.23", "pip install -r requirements.txt")
 
 logger = logging.getLogger("run_qa")
 HERE = os.path.dirname(os.path.abspath(__file__))
-SETTINGS_FILE = "run_settings.json"
 
 
 def option(default, text, **kwargs):
@@ -149,53 +148,6 @@ def check_args(model_args, data_args, training_args):
         raise UserError("--bitsandbytes is weight-only quantization after training: no --do_train, no bits of ours")
 
 
-def starting_checkpoint(training_args, overwrite, settings):
-    """The checkpoint to resume from, None for a fresh start.
-
-    Raises ValueError when the output folder holds other things, an incomplete checkpoint was asked for, or the run
-    that left the folder had other settings.
-    """
-    folder, asked = training_args.output_dir, training_args.resume_from_checkpoint
-    if not training_args.do_train:
-        return None
-    if asked and asked not in ("True", "true"):
-        if not os.path.isdir(asked) or not is_complete(asked):
-            raise UserError(f"--resume_from_checkpoint {asked}: not a complete checkpoint")
-        return asked
-    content = os.listdir(folder) if os.path.isdir(folder) else []
-    if overwrite or not content:
-        return None
-    if SETTINGS_FILE not in content:
-        raise UserError(
-            f"--output_dir {folder} is not empty and no run of this script: pass --overwrite_output_dir, "
-            "--resume_from_checkpoint or another --output_dir"
-        )
-    with open(os.path.join(folder, SETTINGS_FILE), encoding="utf-8") as file:
-        before = json.load(file)
-    changed = [
-        f"{key}: {before.get(key)!r} then, {now!r} now" for key, now in settings.items() if before.get(key) != now
-    ]
-    if changed:
-        raise UserError(
-            f"--output_dir {folder} holds a run with other settings ({'; '.join(changed)}): pass "
-            "--overwrite_output_dir to start over, or another --output_dir"
-        )
-    checkpoint = last_complete_checkpoint(folder)
-    logger.info("resuming from %s", checkpoint or "the start: no complete checkpoint was left")
-    return checkpoint
-
-
-def start_output_dir(training_args, settings, resumed):
-    """Make the output folder of this run; a fresh start removes what an earlier run left to resume from."""
-    if training_args.process_index == 0:
-        os.makedirs(training_args.output_dir, exist_ok=True)
-        if training_args.do_train and not resumed:
-            for name in os.listdir(training_args.output_dir):
-                if name.startswith("checkpoint-"):
-                    shutil.rmtree(os.path.join(training_args.output_dir, name))
-            write_json_atomic(os.path.join(training_args.output_dir, SETTINGS_FILE), settings)
-
-
 def load_tokenizer(model_args):
     """The tokenizer; GPT-2 has no pad token, so padding uses its end-of-text token (masked, never scored)."""
     name = model_args.tokenizer_name or model_args.model_name_or_path
@@ -287,7 +239,7 @@ def load_data(data_args, splits, model_args):
         sources[split] = {
             "source": relative_path(path) if path else data_args.dataset_name,
             "examples": len(examples[split]),
-            "sha256": file_checksum(path) if path else None,
+            "sha256": file_checksum(path) if path else rows_checksum(examples[split][:]),
         }
     return examples, sources
 
@@ -307,8 +259,8 @@ def build_features(examples, split, source, tokenizer, data_args, training_args,
     cache_file = None
     if source["sha256"]:
         code = file_checksum(os.path.join(HERE, "utils_qa.py"))
-        vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None  # a slow one is refused later
-        name = Hasher.hash([split, source["sha256"], len(examples), sorted(settings.items()), code, vocabulary])
+        parts = [split, source["sha256"], len(examples), sorted(settings.items()), code, tokenizer_checksum(tokenizer)]
+        name = Hasher.hash(parts)
         cache_file = os.path.join(datasets.config.HF_DATASETS_CACHE, "qa_features", f"{name}.arrow")
         os.makedirs(os.path.dirname(cache_file), exist_ok=True)
     with training_args.main_process_first(desc=f"features of {split}"):
@@ -357,7 +309,7 @@ def needed_splits(training_args):
     return [split for split, use in wanted.items() if use]
 
 
-def run(trainer, resume, examples, features, training_args):
+def run(trainer, folder, examples, features, training_args):
     """Train, evaluate, predict as asked for; returns all metrics."""
     metrics = {}
     if training_args.do_train:
@@ -367,12 +319,7 @@ def run(trainer, resume, examples, features, training_args):
             f"batch: {batch} a process x {accumulated} accumulated x {processes} processes = "
             f"{batch * accumulated * processes} windows a step"
         )
-        result = trainer.train(resume_from_checkpoint=resume)
-        trainer.save_model()
-        trainer.save_state()
-        metrics |= result.metrics
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
+        metrics |= trainer.train_or_load(folder)
     if training_args.do_eval:
         scores = trainer.evaluate()
         metrics |= scores
@@ -391,8 +338,9 @@ def plain_errors():
     """What a user or a disk did ends the script with one message; any other error shows its traceback."""
     try:
         yield
-    except (UserError, OSError, FloatingPointError) as error:
-        logger.debug("", exc_info=True)
+    except Exception as error:
+        if not (isinstance(error, UserError | FloatingPointError) or is_disk_error(error)):
+            raise
         sys.exit(f"error: {error}")
 
 
@@ -401,9 +349,8 @@ def main():
     model_args, data_args, training_args = parse_args(ModelArguments, DataTrainingArguments, TrainingArguments)
     setup_logging(training_args)
     check_args(model_args, data_args, training_args)
-    settings = dataclasses.asdict(model_args) | {"token": None, "cache_dir": None}
-    settings |= {"seed": training_args.seed, "question_separator": data_args.question_separator}
-    resume = starting_checkpoint(training_args, data_args.overwrite_output_dir, settings)
+    settings = run_settings(model_args, data_args, training_args)
+    folder = OutputFolder(training_args, data_args.overwrite_output_dir, settings)
     set_seed(training_args.seed)
 
     tokenizer = load_tokenizer(model_args)
@@ -418,7 +365,8 @@ def main():
     if model_args.bitsandbytes:
         quantize_with_bitsandbytes(model, model_args.bitsandbytes)
         bits = {"name": LABELS[model_args.bitsandbytes]}
-    start_output_dir(training_args, settings, resume)
+    if training_args.do_train:
+        folder.start(**input_checksums(model, tokenizer, sources))
     trainer = QuestionAnsweringTrainer(
         model=model,
         args=training_args,
@@ -431,7 +379,7 @@ def main():
         n_best_size=data_args.n_best_size,
         max_answer_length=data_args.max_answer_length,
     )
-    metrics = run(trainer, resume, examples, features, training_args)
+    metrics = run(trainer, folder, examples, features, training_args)
     if trainer.is_world_process_zero():
         record = run_record(
             model=relative_path(model_args.model_name_or_path),
@@ -441,6 +389,7 @@ def main():
             seed=training_args.seed,
             wall_seconds=time.time() - start,
             steps=trainer.state.global_step,
+            continues=folder.continues,
             dtype="bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32",
         )
         write_json_atomic(data_args.record_file or os.path.join(training_args.output_dir, "record.json"), record)

@@ -342,7 +342,7 @@ def test_resumed_in_the_middle_of_a_cycle(run, dropout_model, tmp_path):
     killed = tmp_path / "killed"
     killed.mkdir()
     shutil.copytree(tmp_path / "out" / "checkpoint-5", killed / "checkpoint-5")
-    shutil.copy(tmp_path / "out" / run_qa.SETTINGS_FILE, killed)
+    shutil.copy(tmp_path / "out" / "run_settings.json", killed)
     record = run(*RESUME, out="killed", model=dropout_model)
     assert record["steps"] == 12 and logged_bits(killed) == logged_bits(tmp_path / "out") == sequence(12, 3, 4, 8)
     assert_equal_weights(tmp_path / "out", killed)

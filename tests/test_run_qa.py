@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+import resuming
 import run_qa
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
-from trainer_qa import last_complete_checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -158,12 +158,12 @@ def test_resumed_run_equals_the_uninterrupted_one(run, tmp_path):
     killed = tmp_path / "killed"
     killed.mkdir()
     shutil.copytree(tmp_path / "out" / "checkpoint-2", killed / "checkpoint-2")
-    shutil.copy(tmp_path / "out" / run_qa.SETTINGS_FILE, killed)
+    shutil.copy(tmp_path / "out" / resuming.SETTINGS_FILE, killed)
     shutil.copytree(tmp_path / "out" / "checkpoint-4", killed / "checkpoint-4")
     (killed / "checkpoint-4" / "trainer_state.json").unlink()  # killed while writing
-    assert last_complete_checkpoint(killed) == str(killed / "checkpoint-2")
+    (killed / "checkpoint-4" / resuming.MANIFEST_FILE).unlink()
     record = run(*STEPS, out="killed")
-    assert record["steps"] == 4
+    assert record["steps"] == 4 and record["continues"].endswith("killed/checkpoint-2")
     expected, found = weights(tmp_path / "out"), weights(killed)
     assert expected.keys() == found.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
@@ -173,7 +173,10 @@ def test_killed_before_the_first_checkpoint_starts_again(run, tmp_path):
     for name in ("checkpoint-2", "checkpoint-4"):
         shutil.rmtree(tmp_path / "out" / name)
     before = weights(tmp_path / "out")
-    run(*STEPS)
+    settings = json.loads((tmp_path / "out" / resuming.SETTINGS_FILE).read_text())
+    del settings["finished"]
+    (tmp_path / "out" / resuming.SETTINGS_FILE).write_text(json.dumps(settings))
+    assert run(*STEPS)["continues"] is None
     assert all(torch.equal(value, before[key]) for key, value in weights(tmp_path / "out").items())
 
 
@@ -192,13 +195,13 @@ def test_other_settings_do_not_continue_a_run(run, tmp_path):
         run(*STEPS, "--bit_widths", "8")
     assert len(weights(tmp_path / "out")) == 8 * 2 + 2
     run(*STEPS, "--bit_widths", "8", "--overwrite_output_dir", "--max_steps", "1")
-    assert last_complete_checkpoint(tmp_path / "out").endswith("checkpoint-1")
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 def test_incomplete_checkpoint_is_not_resumed_when_asked_for(run, tmp_path):
-    (tmp_path / "out" / "checkpoint-7").mkdir(parents=True)
-    with pytest.raises(ValueError, match="checkpoint-7: not a complete checkpoint"):
-        run("--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-7"))
+    (tmp_path / "checkpoint-7").mkdir(parents=True)
+    with pytest.raises(ValueError, match="checkpoint-7: not written to its end"):
+        run("--resume_from_checkpoint", str(tmp_path / "checkpoint-7"))
 
 
 def test_best_model_by_f1_is_kept(run, tmp_path):
@@ -245,7 +248,7 @@ def test_nan_stops_the_run_and_names_step_config_and_checkpoint(run, tmp_path, m
 def test_refused_before_any_compute(flags, message, run, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(*flags)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() or os.listdir(tmp_path / "out") == [resuming.LOCK_FILE]
 
 
 def test_training_on_integers_learns_the_same_and_says_so(run, tmp_path):

@@ -539,7 +539,7 @@ def test_resumed_run_equals_the_uninterrupted_one(run, tmp_path):
     killed = tmp_path / "killed"
     killed.mkdir()
     shutil.copytree(tmp_path / "out" / "checkpoint-2", killed / "checkpoint-2")
-    shutil.copy(tmp_path / "out" / run_qa.SETTINGS_FILE, killed)
+    shutil.copy(tmp_path / "out" / "run_settings.json", killed)
     record = run(*STEPS, out="killed")
     assert record["steps"] == 4 and record["passes"] == 1 + 1 + 3 + 3
     assert_equal_weights(tmp_path / "out", killed)
