@@ -1,11 +1,14 @@
 """A training and its output folder: settings, a second call, damaged checkpoints, two runs at once, full disks."""
 
+import contextlib
 import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -386,3 +389,39 @@ def test_a_full_disk_ends_with_one_error_and_keeps_the_checkpoints(limit, words,
     assert result.returncode and "Traceback" not in result.stderr, result.stderr[-3000:]
     assert "error: " in result.stderr
     assert resuming.resume_fault(tmp_path / "out" / "checkpoint-2", 1) is None
+
+
+# ---- two processes, killed while they save
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["base_model", "switch_precision", "cpt"])
+def test_two_processes_killed_while_saving_resume_to_the_same_weights(folder, words, tmp_path):
+    """Killed at eight places around the writing of a checkpoint, most of them within it."""
+    flags = ["--max_steps", "8", "--save_steps", "1", "--save_total_limit", "3", "--learning_rate", "1e-3"]
+    flags += {"base_model": [], "switch_precision": ["--bit_widths", "4", "8"]}.get(folder, ["--bit_widths", "4", "8"])
+    flags += ["--num_cyclic_period", "2"] if folder == "cpt" else []
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, str(ROOT / folder / "run_qa.py"), *words[1:], *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    whole = [*command, "--output_dir", str(tmp_path / "whole")]
+    result = subprocess.run(whole, capture_output=True, text=True, env=environment)
+    assert not result.returncode, result.stderr[-3000:]
+    killed = [*command, "--output_dir", str(tmp_path / "killed")]
+    for kill in range(8):
+        process = subprocess.Popen(
+            killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
+        )
+        saving = tmp_path / "killed" / f"checkpoint-{min(kill + 1, 7)}"
+        name = (*FILES[:3], "rng_state_0.pth", "rng_state_1.pth", "trainer_state.json")[kill % 6]
+        while process.poll() is None and not (saving / name).exists():
+            pass
+        if kill == 7:
+            time.sleep(0.01)
+        with contextlib.suppress(ProcessLookupError):  # it was faster
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    result = subprocess.run(killed, capture_output=True, text=True, env=environment)
+    assert not result.returncode, result.stderr[-3000:]
+    assert same_weights(tmp_path / "whole", tmp_path / "killed")
+    assert not [path for path in (tmp_path / "killed").rglob("*") if path.name.endswith(".tmp")]
