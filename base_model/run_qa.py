@@ -183,6 +183,10 @@ def open_model(model_class, model_args, tokenizer, training=False, **overrides):
             f"{model_args.model_name_or_path} is an exported checkpoint without float weights: it can be evaluated; "
             "train the checkpoint that it was made from"
         )
+    if not training:  # only of frozen weights codes are kept from one forward to the next
+        for layer in model.quant_layers().values():
+            if layer.weight is not None:
+                layer.weight.requires_grad_(False)
     return model
 
 

@@ -100,10 +100,11 @@ class QuantLinear(nn.Module):
     # ---- codes of the weight
 
     def quantized_weight(self):
-        """(codes, scale) of the weight at `w_bits`, made once per width and kept until the weight changes.
+        """(codes, scale) of the weight at `w_bits`; of a frozen weight made once per width and kept until it changes.
 
         A change is seen by torch's version counter; in-place writes through `weight.data` bypass it and need
-        `clear_quantized()`. Kept are the stored codes; returned are plain int8 codes (out, in).
+        `clear_quantized()`. A weight that can train is quantized in every call: fused optimizers bypass the counter.
+        Kept are the stored codes; returned are plain int8 codes (out, in).
         """
         codes, scale = self._stored(self.w_bits)
         return (codes if codes.dtype == torch.int8 else unpack_int4(codes, self.in_features)), scale
@@ -111,14 +112,17 @@ class QuantLinear(nn.Module):
     def _stored(self, w_bits):
         if self.weight is not None:
             state = (id(self.weight), self.weight.data_ptr(), self.weight._version)
-            if state != self._quantized_from:
+            if state != self._quantized_from or self.weight.requires_grad:
                 self._quantized, self._quantized_from = {}, state
-        if w_bits not in self._quantized:
-            if self.weight is None:
-                raise UserError(f"w_bits = {w_bits}: only codes of {sorted(self._quantized)} bits are kept")
-            codes, scale = quantize(self.weight, w_bits)
-            self._quantized[w_bits] = (pack_int4(codes) if w_bits <= PACKED_BITS else codes), scale
-        return self._quantized[w_bits]
+        if w_bits in self._quantized:
+            return self._quantized[w_bits]
+        if self.weight is None:
+            raise UserError(f"w_bits = {w_bits}: only codes of {sorted(self._quantized)} bits are kept")
+        codes, scale = quantize(self.weight, w_bits)
+        stored = (pack_int4(codes) if w_bits <= PACKED_BITS else codes), scale
+        if not self.weight.requires_grad:
+            self._quantized[w_bits] = stored
+        return stored
 
     def stored_codes(self, widths=None):
         """{width: (codes, scale)} of these widths, or of those made so far.
@@ -168,6 +172,8 @@ class QuantLinear(nn.Module):
 
     def forward(self, x):
         """x: (..., in) -> (..., out)."""
+        if self.weight is not None and self.weight.requires_grad:
+            self.clear_quantized()  # codes of a time when it was frozen
         shape = (*x.shape[:-1], self.out_features)
         x = x.reshape(-1, self.in_features)  # (tokens, in)
         key = self.adapter
@@ -226,7 +232,8 @@ class PiecewiseMLP(nn.Module):
 
     def forward(self, x):
         """x: (batch, seq, hidden) -> the same shape."""
-        if torch.is_grad_enabled() or x.is_cuda:
+        # A weight that can train is quantized in every call: once for all tokens, not once a piece.
+        if torch.is_grad_enabled() or x.is_cuda or getattr(self.c_fc.weight, "requires_grad", False):
             return self._forward(x)
         return torch.cat([self._forward(piece) for piece in x.flatten(0, -2).split(ROWS)]).view(x.shape)
 
