@@ -80,11 +80,13 @@ def main():
 
     config = GPT2Config(n_layer=args.layers)
     stock = GPT2ForQuestionAnswering(config).to(args.device).eval()
+    bf16 = GPT2ForQuestionAnswering(config).to(args.device, torch.bfloat16).eval()
     bank, plain = (QuantGPT2ForQuestionAnswering(config).to(args.device).eval() for _ in range(2))
     bank.add_lora([4, 8])
     # name: (model, bits, execution)
     variants = {
         REFERENCE: (stock, None, None),
+        "bf16 transformers, eager": (bf16, None, None),
         "fake W8A8KV8 + LoRA": (bank, 8, "fake"),
         "integer W8A8KV8 + LoRA": (bank, 8, "integer"),
         "integer W4A8KV8 + LoRA": (bank, "W4A8KV8", "integer"),

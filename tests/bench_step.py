@@ -9,7 +9,6 @@ frozen, dropout as GPT-2 ships it (0.1) unless --dropout says otherwise, SDPA at
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -25,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "switch_precision"))
 from adaptive_lora_trainer import cascade_losses, qa_cross_entropy, qa_distillation_kl  # noqa: E402
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering  # noqa: E402
+from record import run_record, write_json_atomic  # noqa: E402
 
 
 class Conv1DWithLoRA(nn.Module):
@@ -70,6 +70,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    started = time.time()
 
     pdrop = {key: args.dropout for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
     config = GPT2Config(n_layer=args.layers, **pdrop)
@@ -89,6 +90,7 @@ def main():
         w8, stock = models = quantized_with_lora(config, 8), stock_with_lora(config)
         variants = {
             "float32 + LoRA (stock GPT-2)": (stock, (None,), False, None),
+            "LoRA (stock GPT-2), --bf16": (stock, (None,), True, None),
             "W8A8KV8 + LoRA": (w8, (8,), False, ("fake",)),
             "W8A8KV8 + LoRA, --bf16": (w8, (8,), True, ("fake",)),
             "W8A8KV8 + LoRA, integer": (w8, (8,), False, ("integer",)),
@@ -141,10 +143,16 @@ def main():
         spread = f"({min(ratios):.2f} - {max(ratios):.2f})"
         print(f"{name:<40}{rows[name]['seconds']:>9.3f}{rows[name]['ratio']:>8.3f}   {spread}")
     if args.output:
-        with open(args.output, "w", encoding="utf-8") as file:
-            json.dump(
-                {"args": vars(args) | {"output": None}, "torch": torch.__version__, "variants": rows}, file, indent=1
-            )
+        record = run_record(
+            model=f"GPT-2, {args.layers} blocks, random weights",
+            bit_config=None,
+            metrics={"variants": rows},
+            data={},
+            seed=0,
+            wall_seconds=time.time() - started,
+            arguments=vars(args) | {"output": None},
+        )
+        write_json_atomic(args.output, record)
 
 
 if __name__ == "__main__":
