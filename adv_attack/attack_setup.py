@@ -105,14 +105,6 @@ def resolve_configs(model, texts):
     return configs
 
 
-# Copied from switch_precision/eval_setup.py:write_text_atomic
-def write_text_atomic(path, text):
-    """The file appears whole or not at all."""
-    with open(f"{path}.{os.getpid()}.tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(file.name, path)
-
-
 # Copied from switch_precision/eval_stats.py:mcnemar
 def mcnemar(reference, other):
     """Exact two-sided p-value that two systems are right equally often.

@@ -23,10 +23,9 @@ from attack_setup import (
     markdown_table,
     model_checksum,
     resolve_configs,
-    write_text_atomic,
 )
 from models.errors import UserError
-from record import relative_path, run_record, write_json_atomic
+from record import relative_path, run_record, write_json_atomic, write_text_atomic
 from text_classification import load_tokenizer, option, parse_args, plain_errors, setup_logging
 
 CAPTION = (

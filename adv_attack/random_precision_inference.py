@@ -30,12 +30,11 @@ from attack_setup import (
     mcnemar,
     model_checksum,
     resolve_configs,
-    write_text_atomic,
 )
 from classifier import accuracy_row
 from models.bitsandbytes_ptq import LABELS, METHODS, quantize_with_bitsandbytes
 from models.errors import UserError
-from record import relative_path, run_record, write_json_atomic
+from record import atomic_path, relative_path, run_record, write_json_atomic, write_text_atomic
 from text_classification import load_tokenizer, option, parse_args, plain_errors, setup_logging
 
 CLEAN, INITIAL = "no attack", "initial Theta"
@@ -187,10 +186,9 @@ def draw_matrix(matrices, rpi, path):
             colour = "white" if value < 60 else "black"
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
     figure.colorbar(image, ax=panels, label="accuracy (%)")
-    temporary = f"{path}.tmp.png"
-    figure.savefig(temporary, dpi=130)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
     plt.close(figure)
-    os.replace(temporary, path)
 
 
 def matrix_lines(title, matrix, rpi, key):

@@ -42,7 +42,7 @@ from classifier import accuracy_row, encode, load_rows
 from models.bit_config import describe_bit_config, short_name
 from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2ForSequenceClassification
-from record import relative_path, run_record, write_json_atomic
+from record import hide_tokens, relative_path, run_record, write_json_atomic
 from text_data import check_labels, number_of_classes
 
 require_version("transformers>=5.23", "pip install -r requirements.txt")
@@ -109,6 +109,8 @@ class TrainingTextArguments(TextArguments):
 def parse_args(*dataclass_types):
     """One instance of each dataclass, from the command line or from one JSON file."""
     parser = HfArgumentParser(dataclass_types)
+    refuse = parser.error
+    parser.error = lambda message: refuse(hide_tokens(message))
     try:
         if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
             return parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
@@ -370,7 +372,7 @@ def plain_errors():
         yield
     except (UserError, OSError, FloatingPointError) as error:
         logger.debug("", exc_info=True)
-        sys.exit(f"error: {error}")
+        sys.exit(hide_tokens(f"error: {error}"))
 
 
 def main():

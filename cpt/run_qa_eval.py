@@ -29,12 +29,11 @@ from eval_setup import (
     model_checksum,
     resolve_configs,
     trained_configs,
-    write_text_atomic,
 )
 from eval_stats import compare, markdown_table, with_interval
 from models.bit_config import describe_bit_config
 from models.errors import UserError
-from record import relative_path, run_record, write_json_atomic
+from record import relative_path, run_record, write_json_atomic, write_text_atomic
 from run_qa import (
     DataTrainingArguments,
     build_features,

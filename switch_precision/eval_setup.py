@@ -84,13 +84,6 @@ def resolve_configs(model, texts):
     return configs
 
 
-def write_text_atomic(path, text):
-    """The file appears whole or not at all."""
-    with open(f"{path}.{os.getpid()}.tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(file.name, path)
-
-
 def data_identity(sources):
     """What tells data sets apart, from wherever the script is started: the checksum of a file, else the hub's name."""
     return {

@@ -46,7 +46,7 @@ from adaptive_lora_trainer import (
 from models.bit_config import ALLOWED_BITS, ALLOWED_TEXT, describe_bit_config, resolve_bit_config, short_name
 from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
-from record import file_checksum, relative_path, run_record, write_json_atomic
+from record import file_checksum, hide_tokens, relative_path, run_record, write_json_atomic
 from squad_data import load_qa_datasets
 from trainer_qa import is_complete, last_complete_checkpoint
 from utils_qa import prepare_train_features, prepare_validation_features
@@ -150,6 +150,8 @@ class DataTrainingArguments:
 def parse_args(*dataclass_types):
     """One instance of each dataclass, from the command line or from one JSON file."""
     parser = HfArgumentParser(dataclass_types)
+    refuse = parser.error
+    parser.error = lambda message: refuse(hide_tokens(message))
     try:
         if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
             return parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
@@ -485,7 +487,7 @@ def plain_errors():
         yield
     except (UserError, OSError, FloatingPointError) as error:
         logger.debug("", exc_info=True)
-        sys.exit(f"error: {error}")
+        sys.exit(hide_tokens(f"error: {error}"))
 
 
 def main():
