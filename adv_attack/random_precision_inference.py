@@ -22,13 +22,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from adversarial_texts import correct_table, load_attacks
+from adversarial_texts import check_bits, correct_table, load_attacks
 from attack_setup import (
     ClassifierArguments,
     load_classifier,
     markdown_table,
     mcnemar,
-    model_checksum,
     resolve_configs,
 )
 from classifier import accuracy_row
@@ -242,7 +241,9 @@ def main():
     model = load_classifier(model_args, tokenizer)
     members = resolve_configs(model, args.precision_set)
     configs = resolve_configs(model, [*args.inference_bits, *args.precision_set])
-    attacks = load_attacks(args.attack_dirs, model_checksum(model), args.best_of)
+    attacks = load_attacks(args.attack_dirs, model, tokenizer, args.best_of)
+    for name, attack in attacks.items():
+        check_bits(name, attack, configs)
     samples = args.best_of or min(attack["settings"]["gumbel_samples"] for attack in attacks.values())
     columns = measure(model_args, tokenizer, model, attacks, configs, args, samples)
     matrices = {

@@ -90,6 +90,18 @@ def read_state(path: str | os.PathLike) -> dict | None:
         return None
 
 
+def differences(before: dict, now: dict, prefix: str = "") -> list[str]:
+    """["lr: 1.0 then, 0.2 now", ...] of two settings; keys of dicts within are joined by dots."""
+    found = []
+    for key in before | now:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key}: {old!r:.80} then, {new!r:.80} now")
+    return found
+
+
 def json_checksum(obj) -> str:
     """sha256 of what `obj` is after a way through JSON: the order of keys and the layout do not matter."""
     return hashlib.sha256(json.dumps(json.loads(json.dumps(obj)), sort_keys=True).encode()).hexdigest()
