@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 
 import numpy as np
@@ -11,6 +12,7 @@ from scipy.stats import binomtest
 from models.bit_config import SHORT_FORM, short_name
 from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2ForSequenceClassification, QuantGPT2LMHeadModel
+from record import json_checksum
 from text_classification import open_model, option
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,16 +66,31 @@ def load_reference(model_args, classifier):
 
 # Copied from switch_precision/eval_setup.py:model_checksum
 def model_checksum(model):
-    """sha256 over names and float32 bytes of all weights: base (or its exported codes), adapters and head."""
-    tensors = model.state_dict()
+    """sha256 over all that answers depend on: the config but for names, versions and bits; names and float32 bytes of
+    the weights: base (or its exported codes), adapters and head.
+    """
+    tensors, config = model.state_dict(), model.config.to_dict()
+    for key in ("transformers_version", "architectures", "_name_or_path", "base_model_name_or_path", "base_checksum"):
+        config.pop(key, None)
+    for key in ("bit_config", "trained_bit_configs"):
+        config.pop(key, None)
     for name, layer in model.quant_layers().items() if model.config.exported_widths else ():
         for bits, (codes, scale) in layer.stored_codes().items():
             tensors |= {f"{name}.codes.{bits}": codes, f"{name}.scale.{bits}": scale}
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json_checksum(config).encode())
     for name, value in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(value.detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()
+
+
+# Copied from switch_precision/eval_setup.py:tokenizer_checksum
+def tokenizer_checksum(tokenizer):
+    """sha256 over what turns text into token ids, without the truncation and padding of the last call."""
+    if not tokenizer.is_fast:
+        return json_checksum(tokenizer.get_vocab())
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    return json_checksum(rules | {"truncation": None, "padding": None})
 
 
 # Copied from switch_precision/eval_setup.py:resolve_configs
@@ -103,14 +120,6 @@ def resolve_configs(model, texts):
     if faults:
         raise UserError("nothing was evaluated; bit configs with faults:\n  " + "\n  ".join(faults))
     return configs
-
-
-# Copied from switch_precision/eval_setup.py:write_text_atomic
-def write_text_atomic(path, text):
-    """The file appears whole or not at all."""
-    with open(f"{path}.{os.getpid()}.tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(file.name, path)
 
 
 # Copied from switch_precision/eval_stats.py:mcnemar

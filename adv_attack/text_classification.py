@@ -39,7 +39,7 @@ from classifier import accuracy_row, encode, load_rows
 from models.bit_config import describe_bit_config, short_name
 from models.errors import UserError, is_disk_error
 from models.modeling_gpt2_quant import QuantGPT2ForSequenceClassification
-from record import relative_path, run_record, write_json_atomic
+from record import hide_tokens, relative_path, run_record, write_json_atomic
 from resuming import OutputFolder, ResumableTrainer, input_checksums, run_settings
 from text_data import check_labels, number_of_classes
 
@@ -105,6 +105,8 @@ class TrainingTextArguments(TextArguments):
 def parse_args(*dataclass_types):
     """One instance of each dataclass, from the command line or from one JSON file."""
     parser = HfArgumentParser(dataclass_types)
+    refuse = parser.error
+    parser.error = lambda message: refuse(hide_tokens(message))
     try:
         if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
             return parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
@@ -293,7 +295,7 @@ def plain_errors():
     except Exception as error:
         if not (isinstance(error, UserError | FloatingPointError) or is_disk_error(error)):
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(hide_tokens(f"error: {error}"))
 
 
 def main():

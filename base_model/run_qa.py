@@ -30,7 +30,7 @@ from models.bit_config import describe_bit_config, short_name
 from models.bitsandbytes_ptq import LABELS, METHODS, quantize_with_bitsandbytes
 from models.errors import UserError, is_disk_error
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
-from record import file_checksum, relative_path, rows_checksum, run_record, write_json_atomic
+from record import file_checksum, hide_tokens, relative_path, rows_checksum, run_record, write_json_atomic
 from resuming import OutputFolder, input_checksums, run_settings, tokenizer_checksum
 from squad_data import load_qa_datasets
 from trainer_qa import QuestionAnsweringTrainer
@@ -109,6 +109,8 @@ class DataTrainingArguments:
 def parse_args(*dataclass_types):
     """One instance of each dataclass, from the command line or from one JSON file."""
     parser = HfArgumentParser(dataclass_types)
+    refuse = parser.error
+    parser.error = lambda message: refuse(hide_tokens(message))
     try:
         if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
             return parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
@@ -345,7 +347,7 @@ def plain_errors():
     except Exception as error:
         if not (isinstance(error, UserError | FloatingPointError) or is_disk_error(error)):
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(hide_tokens(f"error: {error}"))
 
 
 def main():

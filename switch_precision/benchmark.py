@@ -28,12 +28,11 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import peers
-from eval_setup import write_text_atomic
 from eval_stats import markdown_table
 from models.bit_config import describe_bit_config
 from models.errors import UserError
 from plots import plt, save
-from record import relative_path, run_record, write_json_atomic
+from record import relative_path, run_record, write_json_atomic, write_text_atomic
 from run_qa import option, parse_args, plain_errors
 
 logger = logging.getLogger("benchmark")

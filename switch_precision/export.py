@@ -13,8 +13,6 @@ import dataclasses
 import os
 import time
 
-from transformers import HfArgumentParser
-
 from eval_setup import CheckpointArguments, load_model, resolve_configs, trained_configs
 from models.errors import UserError
 from models.exported import PARTS, save_exported, served_widths
@@ -24,7 +22,7 @@ from models.modeling_gpt2_quant import (
     QuantGPT2LMHeadModel,
 )
 from record import relative_path, run_record, write_json_atomic
-from run_qa import load_tokenizer, option, plain_errors
+from run_qa import load_tokenizer, option, parse_args, plain_errors
 
 HEADS = {
     head.__name__: head
@@ -62,7 +60,7 @@ def check_args(args):
 
 def main():
     start = time.time()
-    (args,) = HfArgumentParser(ExportArguments).parse_args_into_dataclasses()
+    (args,) = parse_args(ExportArguments)
     check_args(args)
     tokenizer = load_tokenizer(args)
     model = load_model(args, tokenizer, HEADS[args.head])

@@ -22,12 +22,12 @@ from transformers import TrainingArguments, default_data_collator, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from adaptive_lora_trainer import bit_configs_for_step
-from eval_setup import load_model, resolve_configs, trained_configs, write_text_atomic
+from eval_setup import load_model, resolve_configs, trained_configs
 from models.bit_config import short_name
 from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2LMHeadModel
 from perplexity import perplexity_of_configs, read_tokens, table_lines
-from record import file_checksum, relative_path, run_record, write_json_atomic
+from record import file_checksum, relative_path, run_record, write_json_atomic, write_text_atomic
 from resuming import OutputFolder, ResumableTrainer, input_checksums, run_settings
 from run_qa import (
     ModelArguments,

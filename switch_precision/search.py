@@ -23,12 +23,12 @@ from transformers import TrainingArguments, set_seed
 
 from assignment import BUDGETS, Problem, random_choice, read_sensitivity, refine, resources, solve, total
 from block_reuse import ReusedForward
-from eval_setup import CheckpointArguments, load_model, model_checksum, resolve_configs, write_text_atomic
+from eval_setup import CheckpointArguments, load_model, model_checksum, resolve_configs
 from measure_set import autocast_of, load_measure_set, span_kl, span_nll
 from models.bit_config import describe_bit_config
 from models.errors import UserError
 from plots import draw_pareto
-from record import relative_path, run_record, write_json_atomic
+from record import relative_path, run_record, write_json_atomic, write_text_atomic
 from run_qa import load_tokenizer, option, parse_args, plain_errors, setup_logging
 from run_qa_eval import EvalDataArguments, Evaluator, table_lines
 
