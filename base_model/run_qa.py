@@ -30,7 +30,7 @@ from models.bit_config import describe_bit_config, short_name
 from models.bitsandbytes_ptq import LABELS, METHODS, quantize_with_bitsandbytes
 from models.errors import UserError, is_disk_error
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
-from record import file_checksum, hide_tokens, relative_path, rows_checksum, run_record, write_json_atomic
+from record import file_checksum, hide_tokens, json_checksum, relative_path, run_record, write_json_atomic
 from resuming import OutputFolder, input_checksums, run_settings, tokenizer_checksum
 from squad_data import load_qa_datasets
 from trainer_qa import QuestionAnsweringTrainer
@@ -245,7 +245,7 @@ def load_data(data_args, splits, model_args):
         sources[split] = {
             "source": relative_path(path) if path else data_args.dataset_name,
             "examples": len(examples[split]),
-            "sha256": file_checksum(path) if path else rows_checksum(examples[split][:]),
+            "sha256": file_checksum(path) if path else json_checksum(examples[split][:]),
         }
     return examples, sources
 

@@ -29,7 +29,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
 from models.errors import UserError
-from record import file_checksum, rows_checksum, write_json_atomic
+from record import differences, file_checksum, json_checksum, load_state, write_state
 
 logger = logging.getLogger(__name__)
 SETTINGS_FILE, MANIFEST_FILE, LOCK_FILE = "run_settings.json", "checkpoint_manifest.json", ".lock"
@@ -91,9 +91,9 @@ def model_checksum(model):
 def tokenizer_checksum(tokenizer):
     """sha256 of all that decides the tokens of a text."""
     if not tokenizer.is_fast:
-        return rows_checksum(tokenizer.get_vocab())
+        return json_checksum(tokenizer.get_vocab())
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    return rows_checksum(state | {"truncation": None, "padding": None})  # these are left over from its last call
+    return json_checksum(state | {"truncation": None, "padding": None})  # these are left over from its last call
 
 
 def input_checksums(model, tokenizer, sources):
@@ -107,7 +107,7 @@ def input_checksums(model, tokenizer, sources):
     config = {name: getattr(model.config, name) for name in names}
     return {
         "model": model_checksum(model),
-        "model_config": rows_checksum(config),
+        "model_config": json_checksum(config),
         "tokenizer": tokenizer_checksum(tokenizer),
         **{split: source["sha256"] for split, source in sources.items() if split in ("train", "validation")},
     }
@@ -220,20 +220,12 @@ class OutputFolder:
         if SETTINGS_FILE not in content:
             raise UserError(f"--output_dir {self.path} is not empty and holds no training of this script: {cure}")
         try:
-            with open(path, encoding="utf-8") as file:
-                before = json.load(file)
-        except ValueError as error:
-            raise UserError(f"{path}: damaged ({error}), so this run cannot be told from another: {cure}") from None
-        if not isinstance(before, dict):
-            raise UserError(f"{path}: not the settings of a run: {cure}")
-        return before
+            return load_state(path)
+        except UserError as error:
+            raise UserError(f"{error}; this run cannot be told from another: {cure}") from None
 
     def _refuse_changes(self, before, now):
-        changed = [
-            f"{key}: {before.get(key, 'not recorded')!r} then, {value!r} now"
-            for key, value in now.items()
-            if key not in before or before[key] != value
-        ]
+        changed = differences({key: before.get(key) for key in now}, now)
         if changed:
             raise UserError(
                 f"--output_dir {self.path} holds a run with other settings ({'; '.join(changed)}): pass "
@@ -285,24 +277,24 @@ class OutputFolder:
             if CHECKPOINT.fullmatch(name):
                 shutil.rmtree(os.path.join(self.path, name))
         self.before = {**self.settings, **inputs}
-        write_json_atomic(os.path.join(self.path, SETTINGS_FILE), self.before)
+        write_state(os.path.join(self.path, SETTINGS_FILE), self.before)
 
     def finish(self):
         """The model that was saved in the folder is what the training ended with."""
         weights = os.path.join(self.path, "model.safetensors")
         self.before["finished"] = file_checksum(weights)
-        write_json_atomic(os.path.join(self.path, SETTINGS_FILE), self.before)
+        write_state(os.path.join(self.path, SETTINGS_FILE), self.before)
 
 
-def seal(checkpoint, world_size):
+def seal(checkpoint):
     """Bring a checkpoint to the disk, then write the list of its files with their checksums: it is whole from now."""
     files = {}
     for name in sorted(os.listdir(checkpoint)):
         path = os.path.join(checkpoint, name)
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-        files[name] = {"bytes": os.path.getsize(path), "sha256": file_checksum(path)}
-    write_json_atomic(os.path.join(checkpoint, MANIFEST_FILE), {"world_size": world_size, "files": files})
+        files[name] = file_checksum(path)
+    write_state(os.path.join(checkpoint, MANIFEST_FILE), {"files": files})
 
 
 def resume_fault(checkpoint, world_size, sealed=True):
@@ -321,19 +313,18 @@ def resume_fault(checkpoint, world_size, sealed=True):
             return f"not written to its end ({', '.join(lacking) or MANIFEST_FILE} is missing)"
         return None
     try:
-        with open(manifest, encoding="utf-8") as file:
-            files = {name: (entry["bytes"], entry["sha256"]) for name, entry in json.load(file)["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST_FILE} is damaged ({error!r})"
+        files = load_state(manifest)["files"]
+    except UserError as error:
+        return str(error)
     if "optimizer.pt" not in files:
         return "it has no optimizer state (--save_only_model)"
     if lacking := [name for name in needed if name not in files]:
         return f"{', '.join(lacking)} is missing: it is of a run with another number of processes"
-    for name, (size, checksum) in files.items():
+    for name, checksum in files.items():
         path = os.path.join(checkpoint, name)
         if not os.path.isfile(path):
             return f"{name} is missing"
-        if os.path.getsize(path) != size or file_checksum(path) != checksum:
+        if file_checksum(path) != checksum:
             return f"{name} is damaged: not the bytes that were saved"
     return None
 
@@ -368,7 +359,7 @@ class ResumableTrainer(Trainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # the random states of all ranks are there
         if self.args.should_save:
-            seal(folder, self.args.world_size)
+            seal(folder)
             rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _run_epoch(self, *args, **kwargs):

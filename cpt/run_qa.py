@@ -44,7 +44,7 @@ from models.bit_config import ALLOWED_BITS, ALLOWED_TEXT, describe_bit_config, s
 from models.errors import UserError, is_disk_error
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
 from models.quantization import FLOAT_BITS, QUANTIZED_BITS
-from record import file_checksum, hide_tokens, relative_path, rows_checksum, run_record, write_json_atomic
+from record import file_checksum, hide_tokens, json_checksum, relative_path, run_record, write_json_atomic
 from resuming import OutputFolder, input_checksums, run_settings, tokenizer_checksum
 from squad_data import load_qa_datasets
 from utils_qa import prepare_train_features, prepare_validation_features
@@ -309,7 +309,7 @@ def load_data(data_args, splits, model_args):
         sources[split] = {
             "source": relative_path(path) if path else data_args.dataset_name,
             "examples": len(examples[split]),
-            "sha256": file_checksum(path) if path else rows_checksum(examples[split][:]),
+            "sha256": file_checksum(path) if path else json_checksum(examples[split][:]),
         }
     return examples, sources
 

@@ -113,11 +113,6 @@ def file_checksum(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def rows_checksum(rows):
-    """sha256 of rows or columns that came from no file of the user's, as from the hub."""
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-
-
 def run_record(*, model, bit_config, metrics, data, seed, wall_seconds, **details):
     """The record of a run.
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import record
 import resuming
 import run_qa
 from conftest import ROOT, experiment, tiny_squad
@@ -58,9 +59,9 @@ def same_weights(one, other):
 def forget_the_end(folder):
     """The folder as a run leaves it that was killed after its last checkpoint."""
     path = folder / resuming.SETTINGS_FILE
-    settings = json.loads(path.read_text())
+    settings = record.load_state(path)
     del settings["finished"]
-    path.write_text(json.dumps(settings))
+    record.write_state(path, settings)
 
 
 # ---- other settings
@@ -313,7 +314,7 @@ def test_old_checkpoints_go_only_when_the_new_one_is_whole(run, tmp_path, monkey
     run("--save_total_limit", "1", out="whole")
     assert [path.name for path in (tmp_path / "whole").glob("checkpoint-*")] == ["checkpoint-4"]
     seal = resuming.seal
-    monkeypatch.setattr(resuming, "seal", lambda path, size: fail() if path.endswith("-4") else seal(path, size))
+    monkeypatch.setattr(resuming, "seal", lambda path: fail() if path.endswith("-4") else seal(path))
     with pytest.raises(OSError):
         run("--save_total_limit", "1")
     assert resuming.resume_fault(tmp_path / "out" / "checkpoint-2", 1) is None

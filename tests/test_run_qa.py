@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 import resuming
 import run_qa
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
+from record import load_state, write_state
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -173,9 +174,9 @@ def test_killed_before_the_first_checkpoint_starts_again(run, tmp_path):
     for name in ("checkpoint-2", "checkpoint-4"):
         shutil.rmtree(tmp_path / "out" / name)
     before = weights(tmp_path / "out")
-    settings = json.loads((tmp_path / "out" / resuming.SETTINGS_FILE).read_text())
+    settings = load_state(tmp_path / "out" / resuming.SETTINGS_FILE)
     del settings["finished"]
-    (tmp_path / "out" / resuming.SETTINGS_FILE).write_text(json.dumps(settings))
+    write_state(tmp_path / "out" / resuming.SETTINGS_FILE, settings)
     assert run(*STEPS)["continues"] is None
     assert all(torch.equal(value, before[key]) for key, value in weights(tmp_path / "out").items())
 
