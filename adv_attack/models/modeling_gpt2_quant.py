@@ -397,9 +397,7 @@ class QuantGPT2Mixin:
             ValueError: other architecture, a faulty config.json, missing, truncated, foreign or non-finite weights,
                 a base that is not the one the adapters were trained on. OSError: nothing there.
         """
-        name, hub = os.fspath(name_or_path), {}
-        for key in ("cache_dir", "revision", "token"):
-            hub[key] = kwargs.pop(key, None)
+        name, hub = os.fspath(name_or_path), {key: kwargs.pop(key, None) for key in ("cache_dir", "revision", "token")}
         dtypes = {str(kind).removeprefix("torch."): kind for kind in FLOAT_DTYPES}
         if dtype not in (None, *dtypes, *dtypes.values()):
             raise UserError(f"dtype = {dtype!r}: allowed are {', '.join(dtypes)}")
