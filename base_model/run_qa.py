@@ -437,6 +437,8 @@ def main():
     if model_args.bitsandbytes:
         quantize_with_bitsandbytes(model, model_args.bitsandbytes)
         bits = {"name": LABELS[model_args.bitsandbytes]}
+    elif not training_args.do_train:
+        model.keep_only_codes([model.config.bit_config])
     start_output_dir(training_args, settings, resume)
     trainer = QuestionAnsweringTrainer(
         model=model,

@@ -533,6 +533,8 @@ def main():
         # Each phase is a run of its own in the published code: the cosine starts again with it.
         training_args.lr_scheduler_type = SchedulerType.COSINE_WITH_RESTARTS
         training_args.lr_scheduler_kwargs = {"num_cycles": len(targets)}
+    if not training_args.do_train:
+        model.keep_only_codes(config for _, config in targets)
     start_output_dir(training_args, settings, resume)
     shapes = model.layer_shapes()
     sampler = functools.partial(
