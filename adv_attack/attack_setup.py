@@ -55,6 +55,8 @@ def load_reference(model_args, classifier):
     name = model_args.reference_model or model_args.base_model_name_or_path
     name = name or classifier.config.base_model_name_or_path or "gpt2"
     hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
+    if name == classifier.config.base_model_name_or_path:
+        hub["revision"] = classifier.config.base_model_revision
     reference = QuantGPT2LMHeadModel.from_pretrained(name, **hub)
     if reference.config.vocab_size != classifier.config.vocab_size:
         raise UserError(

@@ -37,6 +37,7 @@ from transformers.utils.versions import require_version
 
 from classifier import accuracy_row, encode, load_rows
 from models.bit_config import describe_bit_config, short_name
+from models.checkpoint import read_config
 from models.errors import UserError, is_disk_error
 from models.modeling_gpt2_quant import QuantGPT2ForSequenceClassification
 from record import hide_tokens, relative_path, run_record, write_json_atomic
@@ -68,8 +69,8 @@ class ModelArguments:
     token: str | None = option(None, "hub token (default: the one of `hf auth login`)")
     attn_implementation: str | None = option(None, "eager, sdpa or another attention of transformers")
     add_lora: bool = option(False, "one shared adapter, which serves any bits; alone: trained in full precision")
-    lora_r: int = option(8, "rank of the adapters")
-    lora_alpha: int = option(16, "scaling is lora_alpha / lora_r")
+    lora_r: int | None = option(None, "rank of the adapters (default: 8, or that of the checkpoint)")
+    lora_alpha: int | None = option(None, "scaling is lora_alpha / lora_r (default: 16, or that of the checkpoint)")
     bit_widths: list[int] | None = option(None, "width of W, A and KV trained with LoRA; several with RPT")
     bit_config: str | None = option(
         None, 'per-layer bits: JSON file (configs/README.md) or "W4A8KV8"; training: static, with LoRA; else PTQ'
@@ -153,10 +154,20 @@ def check_args(model_args, training_args):
 
 # Copied from base_model/run_qa.py:load_tokenizer
 def load_tokenizer(model_args):
-    """The tokenizer; GPT-2 has no pad token, so padding uses its end-of-text token (masked, never scored)."""
+    """The tokenizer; GPT-2 has no pad token, so padding uses its end-of-text token (masked, never scored).
+
+    Raises ValueError for tokenizer files, or a config.json beside them, that do not work; OSError for none.
+    """
     name = model_args.tokenizer_name or model_args.model_name_or_path
     options = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    if not model_args.tokenizer_name:
+        read_config(str(name), options)  # the tokenizer's class may come from it
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # faulty files raise any class, that of tokenizers is Exception itself
+        raise UserError(f"{name}: its tokenizer does not open ({type(error).__name__}: {error})") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"  # where a causal model does not look; positions count from the text's start
@@ -167,7 +178,8 @@ def load_tokenizer(model_args):
 def open_model(model_class, model_args, tokenizer, training=False, **overrides):
     """The model of --model_name_or_path, complete with its adapters.
 
-    Raises ValueError for a tokenizer that is not the model's, and for training on an exported checkpoint.
+    Raises ValueError for a tokenizer that is not the model's, for adapters of another --lora_r or --lora_alpha, and
+    for training on an exported checkpoint.
     """
     options = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
     if model_args.attn_implementation:
@@ -183,6 +195,13 @@ def open_model(model_class, model_args, tokenizer, training=False, **overrides):
             f"the tokenizer has {len(tokenizer)} tokens, the embedding of {model_args.model_name_or_path} "
             f"{model.config.vocab_size}: they do not belong together (--tokenizer_name)"
         )
+    for key in ("lora_r", "lora_alpha") if model.config.lora_bank else ():
+        asked, found = getattr(model_args, key, None), getattr(model.config, key)
+        if asked not in (None, found):
+            raise UserError(
+                f"--{key} {asked}, but the adapters of {model_args.model_name_or_path} have {key} {found}: leave the "
+                "flag out, or start from a model without adapters"
+            )
     if training and model.config.exported_widths:
         raise UserError(
             f"{model_args.model_name_or_path} is an exported checkpoint without float weights: it can be evaluated; "

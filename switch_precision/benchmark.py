@@ -232,7 +232,7 @@ def caption_lines(args, model, configs, disturbed, versions, left_out):
         lines.append(
             "Peak: of a run, in a process of its own, above the state before loading (with what a compiler "
             "keeps); linears: their weights and scales, as held; file: all that serving needs, ours integer as "
-            "export.py writes it (embeddings in float16), the others as their own weights are."
+            "export.py writes it (embeddings in float32), the others as their own weights are."
         )
     if len(configs) > 1 and not args.training:
         size = peers.exported_size(model, list(configs.values()))

@@ -78,6 +78,15 @@ def read_prompts(args):
     return prompts
 
 
+def count_tokens(tokens, end):
+    """Tokens (batch, n) up to and with the first end token of each row; what follows it is padding.
+
+    Args: end: an id, a list of them, or None.
+    """
+    ends = torch.isin(tokens, torch.tensor([] if end is None else end, dtype=tokens.dtype, device=tokens.device))
+    return int((ends.cumsum(1) - ends.long() == 0).sum())
+
+
 def generate(model, tokenizer, prompts, args):
     """(texts with their prompts, measurements) of one batch under the model's present bits."""
     tokenizer.padding_side = "left"  # the next token follows the prompt's last
@@ -104,7 +113,7 @@ def generate(model, tokenizer, prompts, args):
         )
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)  # waits for the device
     seconds = time.perf_counter() - start
-    new_tokens = (tokens.shape[1] - length) * len(prompts)
+    new_tokens = count_tokens(tokens[:, length:], model.generation_config.eos_token_id)
     values = 2 * model.config.n_layer * model.config.n_embd  # of K and V
     return texts, {
         "new_tokens": new_tokens,

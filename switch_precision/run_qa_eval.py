@@ -177,12 +177,12 @@ class Evaluator:
             for name, record in records.items()
         }
         statistics = compare(scores, reference, num_bootstrap, self.training_args.seed)
-        unit = records[reference]["bit_config"]["bitops_per_token"]
+        unit, shapes = records[reference]["bit_config"]["bitops_per_token"], self.model.layer_shapes()
         return [
             {
                 "config": name,
                 "average_w_bits": record["bit_config"]["average_w_bits"],
-                "weight_mb": record["bit_config"]["weight_bytes"] / 1e6,
+                "weight_mb": describe_bit_config(record["bit_config"]["layers"], shapes)["weight_bytes"] / 1e6,
                 "relative_bitops": record["bit_config"]["bitops_per_token"] / unit,
                 **statistics[name],
                 "seconds": record["wall_seconds"],
@@ -224,7 +224,7 @@ def table_lines(rows, reference):
     ]
     caption = (
         f"Drops, BitOPs and p (exact McNemar test of EM) are against {reference}; [95 % bootstrap interval over "
-        "questions]; MB: linear weights at their bits, with scales."
+        "questions]; MB: linear weights as they are stored, with scales (up to 4 bits two a byte, above that one)."
     )
     return [*markdown_table(header, cells), "", caption]
 
@@ -243,6 +243,7 @@ def main():
     configs = resolve_configs(model, [first, *asked])
     reference = next(iter(configs))
     evaluator = Evaluator(model, tokenizer, model_args, data_args, training_args, data_args.overwrite_output_dir)
+    model.keep_only_codes(configs.values())  # once the identity of the records has the checksum of the weights
     rows = evaluator.table(evaluator.evaluate_all(configs), reference, model_args.num_bootstrap)
     if evaluator.trainer.is_world_process_zero():
         lines = table_lines(rows, reference)

@@ -45,7 +45,7 @@ class SearchArguments(CheckpointArguments):
         "results/sensitivity/sensitivity.json", "what sensitivity.py wrote for the checkpoint"
     )
     average_bits: float | None = option(None, "budget: average bits of the linear weights")
-    weight_mb: float | None = option(None, "budget: MB of the linear weights at their bits, with their scales")
+    weight_mb: float | None = option(None, "budget: MB of the linear weights as stored (5 to 8 bits: a byte)")
     bitops: float | None = option(None, "budget: BitOPs relative to the sweep's reference config, 0 to 1")
     bit_widths: list[str] | None = option(
         None, "candidates, as 8 4 or W8A8KV8 W4A4KV4: of the sweep's reference and low configs (default: all of them)"

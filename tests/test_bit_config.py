@@ -5,7 +5,9 @@ import pathlib
 
 import pytest
 
-from models.bit_config import describe_bit_config, has_kv, resolve_bit_config, short_name
+from models.bit_config import ALLOWED_BITS, describe_bit_config, has_kv, resolve_bit_config, short_name
+from models.modeling_gpt2_quant import QuantLinear
+from models.quantization import FLOAT_BITS
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 SHAPES = {}
@@ -67,10 +69,19 @@ def test_description_of_hand_counted_layers():
     resolved = resolve_bit_config({C_ATTN: "W4A8KV8", C_FC: 32}, shapes)
     assert describe_bit_config(resolved, shapes) == {
         "average_w_bits": (12 * 4 + 16 * 32) / 28,
-        "weight_bytes": 12 // 2 + 6 * 4 + 16 * 4,
+        "weight_bytes": 6 * 1 + 6 * 4 + 16 * 4,
         "bitops_per_token": 12 * 4 * 8 + 16 * 32 * 32,
         "layers_per_w_bits": {"4": 1, "32": 1},
     }
+
+
+def test_weight_bytes_are_those_that_a_model_holds():
+    for bits in ALLOWED_BITS:
+        layer = QuantLinear(7, 5).requires_grad_(False)
+        layer.w_bits = bits
+        held = [layer.weight] if bits in FLOAT_BITS else layer.stored_codes([bits])[bits]
+        resolved = {"mlp": {"w_bits": bits, "a_bits": 8}}
+        assert describe_bit_config(resolved, {"mlp": (5, 7)})["weight_bytes"] == sum(tensor.nbytes for tensor in held)
 
 
 BAD = [

@@ -300,3 +300,10 @@ def test_checkpoint_of_another_head_is_refused(tiny_model, tmp_path, monkeypatch
         assert "qa_outputs" in error_of(monkeypatch, generate, "--model_name_or_path", tmp_path, "--prompt", "a")
     finally:
         logging.disable(logging.NOTSET)
+
+
+def test_tokens_are_counted_up_to_the_end_token_of_each_text():
+    tokens = torch.tensor([[5, 6, 0, 0], [0, 0, 0, 0], [5, 6, 7, 8], [5, 9, 0, 7]])
+    assert generate.count_tokens(tokens, 0) == 3 + 1 + 4 + 3
+    assert generate.count_tokens(tokens, [0, 9]) == 3 + 1 + 4 + 2
+    assert generate.count_tokens(tokens, None) == 16

@@ -165,9 +165,6 @@ def checkpoint(model, tiny_model, tmp_path):
     """Adapter checkpoint as run_qa.py leaves it."""
     folder = tmp_path / "checkpoint"
     model.set_base(tiny_model)
-    model.transformer.wte.weight.data.copy_(load_file(f"{tiny_model}/model.safetensors")["transformer.wte.weight"])
-    model.transformer.wpe.weight.data.copy_(load_file(f"{tiny_model}/model.safetensors")["transformer.wpe.weight"])
-    model.set_base(tiny_model)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if os.path.exists(f"{tiny_model}/{name}"):
@@ -200,10 +197,45 @@ def test_script_writes_a_folder_that_opens_and_a_record(checkpoint, script, caps
     assert not [path for path in out.iterdir() if path.name.startswith(".saving")]
 
 
+def test_script_measures_the_answers_that_change(checkpoint, script, capsys, squad_files, tmp_path):
+    script("--model_name_or_path", checkpoint, "--output_dir", tmp_path / "plain")
+    assert "not measured" in capsys.readouterr().out
+    assert json.loads((tmp_path / "plain" / "export.json").read_text())["changed_answers"] == "not measured"
+    for dtype in ("float32", "float16"):
+        out = tmp_path / dtype
+        flags = ("--bit_configs", "4", "8", "--embeddings", dtype)
+        data = ("--validation_file", squad_files[1], "--max_seq_length", "64", "--doc_stride", "16")
+        script("--model_name_or_path", checkpoint, "--output_dir", out, *flags, *data)
+        record = json.loads((out / "export.json").read_text())
+        changes = record["changed_answers"]
+        assert list(changes) == ["W4A4KV4", "W8A8KV8"] and record["embeddings"] == dtype
+        assert all(change["questions"] == 14 for change in changes.values())
+        assert record["data"]["validation"]["examples"] == 14 and str(checkpoint).endswith(record["model"][-10:])
+        if dtype == "float32":
+            assert all(change["changed"] == 0 for change in changes.values())
+        assert f"{changes['W4A4KV4']['changed']} of 14 answers differ" in capsys.readouterr().out
+    sizes = [(tmp_path / dtype / "model.safetensors").stat().st_size for dtype in ("float32", "float16")]
+    assert sizes[1] < sizes[0]
+
+
+def test_changed_answers_are_counted():
+    with experiment("switch_precision"):
+        from export import compare_answers
+    before, after = {"a": "x", "b": "y", "c": "z"}, {"a": "x", "b": "", "c": "w"}
+    found = compare_answers(({"W4": before}, {"W4": 50.0}, {}), ({"W4": after}, {"W4": 40.0}, {}))
+    assert found == {"W4": {"questions": 3, "changed": 2, "exact_match": [50.0, 40.0]}}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ((), "--output_dir is missing"),
+        (("--output_dir", "OUT", "--embeddings", "int8"), "--embeddings int8: allowed are float32, float16"),
+        (("--output_dir", "OUT", "--max_eval_samples", "0"), "--max_eval_samples 0: must be at least 1"),
+        (
+            ("--output_dir", "OUT", "--head", "QuantGPT2LMHeadModel", "--dataset_name", "squad"),
+            "answers are compared for question answering",
+        ),
         (("--output_dir", "CHECKPOINT"), "is the checkpoint itself"),
         (("--output_dir", "OUT", "--head", "GPT2Model"), "--head GPT2Model: allowed are"),
         (("--output_dir", "OUT", "--bit_configs", "5"), "w_bits = 5"),

@@ -12,6 +12,7 @@ import re
 from fnmatch import fnmatchcase
 
 from .errors import UserError
+from .integer import PACKED_BITS
 from .quantization import FLOAT_BITS, QUANTIZED_BITS
 
 ALLOWED_BITS = QUANTIZED_BITS + FLOAT_BITS
@@ -125,23 +126,30 @@ def resolve_bit_config(config, layers):
     return {layer: {f: bits[f] for f in FIELDS if f in bits} for layer, bits in resolved.items()}
 
 
+def stored_bytes(w_bits, out, inp):
+    """Bytes of a linear weight (out, inp) as it is kept: up to 4 bits two codes a byte, above that one, and a float32
+    scale per output channel; plain float32 at 16 and 32 bits."""
+    if w_bits in FLOAT_BITS:
+        return 4 * out * inp
+    return out * ((inp + 1) // 2 if w_bits <= PACKED_BITS else inp) + 4 * out
+
+
 def describe_bit_config(resolved, shapes):
     """Size and cost of an assignment.
 
     Args:
         resolved: resolved config; shapes: {layer: (out, in)}.
     Returns:
-        average_w_bits: mean over weights; weight_bytes: codes packed at w_bits plus a float32 scale per output
-        channel (16 and 32 bits: plain floats); bitops_per_token: sum of MACs x w_bits x a_bits over the linears (32
-        where a tensor stays float32); layers_per_w_bits: {bits: number of layers}.
+        average_w_bits: mean over weights; weight_bytes: what is stored of the linear weights (`stored_bytes`);
+        bitops_per_token: sum of MACs x w_bits x a_bits over the linears (32 where a tensor stays float32);
+        layers_per_w_bits: {bits: number of layers}.
     """
     weights = {layer: out * inp for layer, (out, inp) in shapes.items()}
     bits_total = sum(weights[layer] * bits["w_bits"] for layer, bits in resolved.items())
-    scales = sum(shapes[layer][0] for layer, bits in resolved.items() if bits["w_bits"] not in FLOAT_BITS)
     widths = sorted(bits["w_bits"] for bits in resolved.values())
     return {
         "average_w_bits": bits_total / sum(weights.values()),
-        "weight_bytes": bits_total // 8 + 4 * scales,
+        "weight_bytes": sum(stored_bytes(bits["w_bits"], *shapes[layer]) for layer, bits in resolved.items()),
         "bitops_per_token": sum(weights[layer] * b["w_bits"] * b["a_bits"] for layer, b in resolved.items()),
         "layers_per_w_bits": {str(width): widths.count(width) for width in dict.fromkeys(widths)},
     }

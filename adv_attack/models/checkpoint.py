@@ -247,8 +247,8 @@ def _bit_faults(raw, layers):
     faults = []
     if (bits := raw.get("bit_config")) is not None:
         if set(bits) != set(layers):
-            different = sorted(set(bits) ^ set(layers))[0]
-            faults.append(f'"bit_config": {_shown(different)}: allowed are the {len(layers)} linears, each once')
+            different = _shown(sorted(set(bits) ^ set(layers))[0])
+            faults.append(f'"bit_config": {different}: allowed are the linears of "n_layer" = {raw["n_layer"]}')
         else:
             try:
                 resolve_bit_config(bits, layers)
@@ -266,7 +266,7 @@ def _bit_faults(raw, layers):
         wrong += [name for name in layers if name in exported and not (good(exported[name]) and exported[name])]
         faults += [
             f'"exported_widths": {_shown(name)} = {_shown(exported.get(name))}: allowed is a list of widths, 2 to 8, '
-            f"for each of the {len(layers)} linears"
+            f'for each linear of "n_layer" = {raw["n_layer"]}'
             for name in wrong
         ]
     return faults
@@ -389,14 +389,13 @@ def size_faults(fields, shapes, own):
         faults.append(f'"{base[0]}" belongs to the base, which an adapter checkpoint does not contain')
     bank = own and fields.get("lora_bank") or ()
     for key in bank if not (own and fields.get("exported_widths")) else ():
-        compare(f"{mlp}.lora_A.{key}.weight", 0, "lora_r", fields["lora_r"])
         compare(f"{mlp}.lora_A.{key}.weight", 1, "n_embd", width)
         compare(f"{mlp}.lora_B.{key}.weight", 0, *inner)
-    adapters = {name.split(".")[-2]: shape for name, shape in shapes.items() if ".lora_A." in name}
-    if not set(adapters) <= set(bank):
-        faults.append(f'"lora_bank" = {_shown(list(bank))}, but the weights have adapters {sorted(adapters)}')
-    elif wrong := sorted({shape[0] for shape in adapters.values() if shape} - {fields.get("lora_r")}):
-        faults.append(f'the weights do not fit "lora_r" = {fields["lora_r"]}: there are adapters of {wrong[0]}')
+    adapters = {name: shape for name, shape in shapes.items() if ".lora_A." in name}
+    if not {name.split(".")[-2] for name in adapters} <= set(bank):
+        faults.append(f'"lora_bank" = {_shown(list(bank))}, but the weights have "{max(adapters)}"')
+    elif wrong := [name for name, shape in adapters.items() if shape[:1] != (fields["lora_r"],)]:
+        compare(wrong[0], 0, "lora_r", fields["lora_r"])
     blocks = {int(match[1]) for name in shapes if (match := re.match(r"transformer\.h\.(\d{1,9})\.", name))}
     if len(blocks) != fields["n_layer"] or max(blocks, default=-1) != fields["n_layer"] - 1:
         faults.append(f'the weights do not fit "n_layer" = {fields["n_layer"]}: they have {len(blocks)} blocks')
@@ -498,7 +497,7 @@ def _open_once(name, hub, compare=True):
     refuse(weights, faults)
     if not own:  # Conv1D has (in, out)
         transposed = {f"{linear}.weight" for linear in linear_names(fields["n_layer"])}
-        state = {key: tensor.t() if key in transposed else tensor for key, tensor in state.items()}
+        state = {key: t.t() if key in transposed and t.dim() == 2 else t for key, t in state.items()}
     return Checkpoint(name, path, fields, state, own, None if os.path.isdir(name) else hub.get("revision"))
 
 
@@ -559,7 +558,7 @@ def open_base(checkpoint, given, hub):
         raise UserError(f"{path}: its base model is given as {name}, the checkpoint itself; {WHERE}")
     try:
         base = open_checkpoint(name, hub)
-    except OSError as error:
+    except (OSError, UserError) as error:
         raise UserError(f"{path}: its base model {name} does not open ({error}); {WHERE}") from None
     if base.fields.get("base_model_name_or_path") or base.fields.get("exported_widths"):
         raise UserError(f"{path}: its base model {name} has no float weights of its own; {WHERE}")

@@ -24,7 +24,7 @@ from . import attention, kernels
 from .bit_config import has_kv, resolve_bit_config
 from .checkpoint import FLOAT_DTYPES, RULES, QuantGPT2Config, is_base, open_base, open_checkpoint, refuse, saving
 from .errors import UserError
-from .exported import take_codes
+from .exported import served_widths, take_codes
 from .integer import PACKED_BITS, ROWS, integer_linear, is_supported, pack_int4, unpack_int4
 from .quantization import (
     FLOAT_BITS,
@@ -343,9 +343,20 @@ class QuantGPT2Mixin:
         """Keep only the integer codes at `widths` in the quantized linears: for evaluation, a quarter of the memory.
 
         The model then serves these w_bits alone; others are an error, and so is saving it as a float checkpoint.
+        Args: widths: w_bits of all linears, or {linear: its w_bits} as of `exported.served_widths`.
         """
-        for layer in self.quant_layers().values():
-            layer.set_stored_codes(layer.stored_codes(widths))
+        for name, layer in self.quant_layers().items():
+            layer.set_stored_codes(layer.stored_codes(widths[name] if isinstance(widths, dict) else widths))
+
+    def keep_only_codes(self, configs):
+        """Drop the float weights if nothing but `configs` (resolved) is evaluated and none of them uses floats.
+
+        The model is left at the first config. With one that has 16 or 32 bits somewhere, nothing is done.
+        """
+        configs = list(configs)
+        if all(bits["w_bits"] not in FLOAT_BITS for config in configs for bits in config.values()):
+            self.set_bit_config(configs[0])
+            self.drop_float_weights(served_widths(configs))
 
     def quantized_bytes(self):
         """Memory that the weights of the quantized linears take now: codes, scales and float weights."""
@@ -403,9 +414,7 @@ class QuantGPT2Mixin:
             ValueError: other architecture, a faulty config.json, missing, truncated, foreign or non-finite weights,
                 a base that is not the one the adapters were trained on. OSError: nothing there.
         """
-        name, hub = os.fspath(name_or_path), {}
-        for key in ("cache_dir", "revision", "token"):
-            hub[key] = kwargs.pop(key, None)
+        name, hub = os.fspath(name_or_path), {key: kwargs.pop(key, None) for key in ("cache_dir", "revision", "token")}
         dtypes = {str(kind).removeprefix("torch."): kind for kind in FLOAT_DTYPES}
         if dtype not in (None, *dtypes, *dtypes.values()):
             raise UserError(f"dtype = {dtype!r}: allowed are {', '.join(dtypes)}")
