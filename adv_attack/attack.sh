@@ -7,19 +7,16 @@
 # Any flag of whitebox_attack.py may be appended and wins. A killed attack resumes when the same command is given again.
 # Environment: MODEL DATASET TRAIN_FILE VALIDATION_FILE OUTPUT_DIR ATTACK_BITS REFERENCE_MODEL
 set -euo pipefail
-here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+here="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+source "$here/common.sh"
 
-data=(--dataset_name "${DATASET:-ag_news}")
-if [[ -n "${TRAIN_FILE:-}" ]]; then data+=(--train_file "$TRAIN_FILE"); fi
-if [[ -n "${VALIDATION_FILE:-}" ]]; then data+=(--validation_file "$VALIDATION_FILE"); fi
+check_python
+data_flags "${DATASET:-ag_news}" TRAIN_FILE VALIDATION_FILE
 reference=()
 if [[ -n "${REFERENCE_MODEL:-}" ]]; then reference=(--reference_model "$REFERENCE_MODEL"); fi
-bits="${ATTACK_BITS:-32}"
-previous=""
-for word in "$@"; do # the output folder is named after the precision, whichever way it was given
-    if [[ "$previous" == --attack_bits ]]; then bits="$word"; fi
-    previous="$word"
-done
+value="${ATTACK_BITS:-32}"
+given attack_bits || true # the output folder is named after the precision, whichever way it was given
+bits="$value"
 name="$(basename -- "$bits" .json)"
 
 python3 "$here/whitebox_attack.py" \

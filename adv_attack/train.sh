@@ -7,16 +7,14 @@
 # Any flag of text_classification.py may be appended and wins. A killed run resumes when the same command is given again.
 # Environment: MODEL DATASET TRAIN_FILE VALIDATION_FILE OUTPUT_DIR BIT_CONFIG NPROC_PER_NODE
 set -euo pipefail
-here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
-nproc="${NPROC_PER_NODE:-$(python3 -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
+here="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+source "$here/common.sh"
 
-data=(--dataset_name "${DATASET:-ag_news}")
-if [[ -n "${TRAIN_FILE:-}" ]]; then data+=(--train_file "$TRAIN_FILE"); fi
-if [[ -n "${VALIDATION_FILE:-}" ]]; then data+=(--validation_file "$VALIDATION_FILE"); fi
-bits=()
-if [[ -n "${BIT_CONFIG:-}" ]]; then bits=(--bit_config "$BIT_CONFIG"); fi
+count_processes
+data_flags "${DATASET:-ag_news}" TRAIN_FILE VALIDATION_FILE
+bit_config_flag --bit_config bit_widths
 
-torchrun --standalone --nproc_per_node="$nproc" "$here/text_classification.py" \
+launch text_classification.py \
     --model_name_or_path "${MODEL:-gpt2}" \
     "${data[@]}" \
     --max_seq_length 256 \
@@ -35,5 +33,4 @@ torchrun --standalone --nproc_per_node="$nproc" "$here/text_classification.py" \
     --save_steps 500 \
     --logging_strategy steps \
     --logging_steps 50 \
-    --output_dir "${OUTPUT_DIR:-$here/results/train}" \
-    "$@"
+    --output_dir "${OUTPUT_DIR:-$here/results/train}"

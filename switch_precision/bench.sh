@@ -8,19 +8,22 @@
 # Any flag of benchmark.py may be appended and wins.
 # Environment: MODEL OUTPUT_DIR BIT_CONFIG
 set -euo pipefail
-here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+here="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+source "$here/common.sh"
 
-if [[ -n "${MODEL:-}" ]]; then
+check_python
+bit_config_flag --bit_configs bit_configs
+model=(--random_weights)
+if given model_name_or_path; then
+    model=()
+elif [[ -n "${MODEL:-}" ]] && ! is_on random_weights; then
     model=(--model_name_or_path "$MODEL")
-    bits=()
-else
-    model=(--random_weights)
+elif [[ -z "${BIT_CONFIG:-}" ]]; then
     bits=(--bit_configs 8 W4A8KV8)
 fi
-if [[ -n "${BIT_CONFIG:-}" ]]; then bits=(--bit_configs "$BIT_CONFIG"); fi
 
 python3 "$here/benchmark.py" \
-    "${model[@]}" \
+    ${model[@]+"${model[@]}"} \
     ${bits[@]+"${bits[@]}"} \
     --output_dir "${OUTPUT_DIR:-$here/results/benchmark}" \
     "$@"

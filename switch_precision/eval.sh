@@ -7,15 +7,14 @@
 # Any flag of run_qa_eval.py may be appended and wins.
 # Environment: MODEL VALIDATION_FILE OUTPUT_DIR BIT_CONFIG NPROC_PER_NODE
 set -euo pipefail
-here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
-nproc="${NPROC_PER_NODE:-$(python3 -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
+here="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+source "$here/common.sh"
 
-data=(--dataset_name squad)
-if [[ -n "${VALIDATION_FILE:-}" ]]; then data+=(--validation_file "$VALIDATION_FILE"); fi
-bits=()
-if [[ -n "${BIT_CONFIG:-}" ]]; then bits=(--bit_configs "$BIT_CONFIG"); fi
+count_processes
+data_flags squad VALIDATION_FILE
+bit_config_flag --bit_configs eval_bit_widths
 
-torchrun --standalone --nproc_per_node="$nproc" "$here/run_qa_eval.py" \
+launch run_qa_eval.py \
     --model_name_or_path "${MODEL:-$here/results/train}" \
     "${data[@]}" \
     --max_seq_length 786 \
@@ -23,5 +22,4 @@ torchrun --standalone --nproc_per_node="$nproc" "$here/run_qa_eval.py" \
     --per_device_eval_batch_size 32 \
     --seed 42 \
     ${bits[@]+"${bits[@]}"} \
-    --output_dir "${OUTPUT_DIR:-$here/results/eval}" \
-    "$@"
+    --output_dir "${OUTPUT_DIR:-$here/results/eval}"

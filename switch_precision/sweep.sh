@@ -7,12 +7,13 @@
 # Any flag of sensitivity.py may be appended and wins.
 # Environment: MODEL VALIDATION_FILE OUTPUT_DIR
 set -euo pipefail
-here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+here="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+source "$here/common.sh"
 
-data=(--dataset_name squad)
-if [[ -n "${VALIDATION_FILE:-}" ]]; then data+=(--validation_file "$VALIDATION_FILE"); fi
+NPROC_PER_NODE=1 count_processes
+data_flags squad VALIDATION_FILE
 
-torchrun --standalone --nproc_per_node=1 "$here/sensitivity.py" \
+launch sensitivity.py \
     --model_name_or_path "${MODEL:-$here/results/train}" \
     "${data[@]}" \
     --max_seq_length 786 \
@@ -20,5 +21,4 @@ torchrun --standalone --nproc_per_node=1 "$here/sensitivity.py" \
     --seed 42 \
     --reference_config 8 \
     --low_bits 4 \
-    --output_dir "${OUTPUT_DIR:-$here/results/sensitivity}" \
-    "$@"
+    --output_dir "${OUTPUT_DIR:-$here/results/sensitivity}"

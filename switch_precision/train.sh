@@ -7,24 +7,26 @@
 # Any flag of run_qa.py may be appended and wins. A killed run resumes when the same command is given again.
 # Environment: MODEL TRAIN_FILE VALIDATION_FILE OUTPUT_DIR BIT_CONFIG NPROC_PER_NODE
 set -euo pipefail
-here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
-gpus="$(python3 -c 'import torch; print(torch.cuda.device_count())')"
-nproc="${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}"
+here="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+source "$here/common.sh"
 
-data=(--dataset_name squad)
-if [[ -n "${TRAIN_FILE:-}" ]]; then data+=(--train_file "$TRAIN_FILE"); fi
-if [[ -n "${VALIDATION_FILE:-}" ]]; then data+=(--validation_file "$VALIDATION_FILE"); fi
-bits=(--bit_widths 4 8)
-if [[ -n "${BIT_CONFIG:-}" ]]; then bits=(--bit_configs "$BIT_CONFIG"); fi
-if ((gpus > 0)); then bits+=(--bf16); fi
+count_processes
+data_flags squad TRAIN_FILE VALIDATION_FILE
+bit_config_flag --bit_configs bit_widths
+if [[ -z "${bits[*]-}" ]] && ! given bit_configs; then bits=(--bit_widths 4 8); fi
+if ((gpus > 0)) && ! is_on fp16; then bits+=(--bf16); fi
+steps=(--max_steps 1000)
+if given num_train_epochs; then steps=(); fi
+evaluation=(--eval_strategy steps)
+if is_off do_eval; then evaluation=(); fi # the Trainer would evaluate all the same
 
-torchrun --standalone --nproc_per_node="$nproc" "$here/run_qa.py" \
+launch run_qa.py \
     --model_name_or_path "${MODEL:-gpt2}" \
     "${data[@]}" \
     --max_seq_length 786 \
     --do_train \
     --do_eval \
-    --max_steps 1000 \
+    ${steps[@]+"${steps[@]}"} \
     --per_device_train_batch_size 16 \
     --per_device_eval_batch_size 16 \
     --learning_rate 3e-3 \
@@ -32,12 +34,11 @@ torchrun --standalone --nproc_per_node="$nproc" "$here/run_qa.py" \
     --seed 42 \
     --lora_r 8 \
     --lora_alpha 16 \
-    "${bits[@]}" \
-    --eval_strategy steps \
+    ${bits[@]+"${bits[@]}"} \
+    ${evaluation[@]+"${evaluation[@]}"} \
     --eval_steps 256 \
     --save_strategy steps \
     --save_steps 256 \
     --logging_strategy steps \
     --logging_steps 10 \
-    --output_dir "${OUTPUT_DIR:-$here/results/train}" \
-    "$@"
+    --output_dir "${OUTPUT_DIR:-$here/results/train}"

@@ -103,3 +103,33 @@ def tiny_model(tmp_path_factory):
     config.initializer_range = 0.2  # a random base whose features differ from token to token
     GPT2LMHeadModel(config).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def python_stub(tmp_path):
+    """(environment, calls): shell scripts run in `environment` call a python3 that only notes its arguments, without
+    those of torch.distributed.run's module; `calls()` are the lists of them. STUB_GPUS: devices that it finds.
+    """
+    script = tmp_path / "stub" / "python3"
+    script.parent.mkdir()
+    script.write_text(
+        f"""#!/usr/bin/env bash
+case "$*" in
+    *device_count*) echo "${{STUB_GPUS:-0}}"; exit ;;
+    "-c "* | *cpt/compare.py*) exec "{sys.executable}" "$@" ;;
+esac
+if [[ "$3" == torch.distributed.run ]]; then shift 3; fi
+printf "%s\\0" "$@" $'\\n' >>"{tmp_path / "stub" / "calls"}"
+"""
+    )
+    script.chmod(0o755)
+    ours = ("MODEL", "DATASET", "TRAIN_FILE", "VALIDATION_FILE", "OUTPUT_DIR", "BIT_CONFIG", "NPROC_PER_NODE")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    environment["PATH"] = f"{script.parent}:{os.environ['PATH']}"
+
+    def calls():
+        file = script.parent / "calls"
+        lines = file.read_text().split("\0\n\0")[:-1] if file.exists() else []
+        return [line.split("\0") for line in lines]
+
+    return environment, calls

@@ -8,6 +8,7 @@ Without a GPU the same stages run on the CPU, with small sizes; what needs a GPU
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -82,6 +83,15 @@ class Checks:
         return all(stage["result"] != "failed" for stage in self.stages.values())
 
 
+def stop(process):
+    """End a process and its children, if it still runs."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+
+
 def run(command, seconds, environment):
     """(exit status, output); the status is None for a command that was stopped for its time, children included."""
     with tempfile.TemporaryFile() as output:
@@ -92,13 +102,8 @@ def run(command, seconds, environment):
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             code = None
-            for number in (signal.SIGTERM, signal.SIGKILL):  # torchrun passes SIGTERM on to its workers
-                os.killpg(process.pid, number)
-                try:
-                    process.wait(5)
-                    break
-                except subprocess.TimeoutExpired:
-                    pass
+        finally:  # after Ctrl-C too; torchrun passes SIGTERM on to its workers
+            stop(process)
         output.seek(0)
         return code, output.read().decode("utf-8", "replace")
 
@@ -135,16 +140,9 @@ def main():
             + ["--max_steps", steps, "--n_layer", layers],
         )
 
-        common = [
-            "--max_seq_length",
-            "256",
-            "--max_steps",
-            "3" if small else "40",
-            "--per_device_eval_batch_size",
-            "64",
-        ]
-        common += ["--learning_rate", "1e-3", "--eval_strategy", "no", "--save_strategy", "no", "--logging_steps", "5"]
-        common += ["--report_to", "none", "--disable_tqdm", "True", "--per_device_eval_batch_size", "64"]
+        common = ["--max_seq_length", "256", "--max_steps", "3" if small else "40", "--learning_rate", "1e-3"]
+        common += ["--eval_strategy", "no", "--save_strategy", "no", "--logging_steps", "5", "--report_to", "none"]
+        common += ["--per_device_eval_batch_size", "64", "--disable_tqdm", "True"] + ([] if cuda else ["--use_cpu"])
         files = {"TRAIN_FILE": str(data / "train.json"), "VALIDATION_FILE": str(data / "dev.json")}
         trainings = {
             "base_model": ["--bit_widths", "4"],
@@ -152,7 +150,7 @@ def main():
             "cpt": ["--num_cyclic_period", "2", "--per_device_train_batch_size", "16"],
         }
         for folder, flags in trainings.items():
-            for dtype, precision in (("bf16", ["--bf16"]), ("fp16", ["--bf16", "False", "--fp16"])):
+            for dtype, precision in (("bf16", ["--bf16"]), ("fp16", ["--fp16"])):
                 name = f"{folder} {dtype}"
                 if dtype == "fp16" and not cuda:
                     checks.skip(name, "fp16 needs a GPU")

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import pathlib
 import random
 import subprocess
@@ -351,20 +350,15 @@ def test_labels_must_be_complete_and_known():
 # ---- shell scripts and the quick start's data
 
 
-def test_shell_scripts_run_from_anywhere_and_pass_flags_last(tmp_path):
-    stub = tmp_path / "bin"
-    stub.mkdir()
-    for name in ("python3", "torchrun"):
-        (stub / name).write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" >> "$ARGS_FILE"\n')
-        (stub / name).chmod(0o755)
+def test_shell_scripts_run_from_anywhere_and_pass_flags_last(python_stub):
+    environment, calls = python_stub
     data = {"TRAIN_FILE": "my train.jsonl", "VALIDATION_FILE": "v.jsonl", "NPROC_PER_NODE": "1"}
-    environment = os.environ | data | {"PATH": f"{stub}:{os.environ['PATH']}", "MODEL": "m"}
+    environment |= data | {"MODEL": "m"}
 
     def words(script, *flags, **more):
-        (tmp_path / "args").unlink(missing_ok=True)
         command = ["bash", str(ROOT / "adv_attack" / script), *flags]
-        subprocess.run(command, cwd="/", env=environment | {"ARGS_FILE": str(tmp_path / "args")} | more, check=True)
-        return (tmp_path / "args").read_text().split("\0")[:-1]
+        subprocess.run(command, cwd="/", env=environment | more, check=True)
+        return calls()[-1]
 
     types = (text_classification.ModelArguments, text_classification.TrainingTextArguments)
     train = words("train.sh", "--max_seq_length", "9")

@@ -280,18 +280,15 @@ def test_a_failing_memory_process_says_why(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["my model", None])
-def test_shell_script_runs_from_anywhere_and_passes_flags_on(model, tmp_path):
+def test_shell_script_runs_from_anywhere_and_passes_flags_on(model, python_stub, tmp_path):
     folder = tmp_path / "with space"
     folder.mkdir()
-    shutil.copy(ROOT / "switch_precision" / "bench.sh", folder)
-    stub = tmp_path / "bin" / "python3"
-    stub.parent.mkdir()
-    stub.write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" > "$ARGS_FILE"\n')
-    stub.chmod(0o755)
-    environment = os.environ | {"PATH": f"{stub.parent}:{os.environ['PATH']}", "ARGS_FILE": str(tmp_path / "args")}
+    for name in ("bench.sh", "common.sh"):
+        shutil.copy(ROOT / "switch_precision" / name, folder)
+    environment, calls = python_stub
     environment |= {"MODEL": model, "OUTPUT_DIR": "my out", "BIT_CONFIG": "my config.json"} if model else {}
     subprocess.run(["bash", str(folder / "bench.sh"), "--rounds", "3"], check=True, env=environment, cwd="/")
-    argv = (tmp_path / "args").read_text().split("\0")[:-1]
+    (argv,) = calls()
     assert argv[0] == str(folder / "benchmark.py")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", argv)

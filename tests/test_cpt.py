@@ -591,26 +591,9 @@ def test_runs_that_do_not_compare_are_refused(runs):
 
 
 @pytest.fixture
-def stub(tmp_path):
-    """Environment whose torchrun appends its arguments to a file and leaves what compare.sh waits for."""
-    script = tmp_path / "bin" / "torchrun"
-    script.parent.mkdir()
-    script.write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" $\'\\n\' >> "$ARGS_FILE"\n')
-    script.chmod(0o755)
-    path = f"{script.parent}:{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
-    return os.environ | {
-        "PATH": path,
-        "ARGS_FILE": str(tmp_path / "args"),
-        "CUDA_VISIBLE_DEVICES": "",
-        "TRAIN_FILE": "my train.json",
-        "MODEL": "my model",
-    }
-
-
-def calls_of(environment):
-    """Argument lists of the stub's calls."""
-    lines = pathlib.Path(environment["ARGS_FILE"]).read_text().split("\0\n\0")[:-1]
-    return [line.split("\0") for line in lines]
+def stub(python_stub):
+    environment, calls = python_stub
+    return environment | {"TRAIN_FILE": "my train.json", "MODEL": "my model"}, calls
 
 
 def test_compare_script_repeats_nothing_and_mixes_nothing(runs, stub, tmp_path, monkeypatch):
@@ -618,7 +601,8 @@ def test_compare_script_repeats_nothing_and_mixes_nothing(runs, stub, tmp_path, 
     joint = tmp_path / "joint 2"
     joint.mkdir()
     (joint / "config.json").write_text(json.dumps({"lora_bank": ["4", "8"]}))
-    environment = stub | {"OUTPUT_DIR": str(runs), "SEEDS": "1 2", "JOINT": str(tmp_path / "joint SEED")}
+    environment, calls = stub
+    environment |= {"OUTPUT_DIR": str(runs), "SEEDS": "1 2", "JOINT": str(tmp_path / "joint SEED")}
     (runs / "joint_1").mkdir()
     (runs / "joint_1" / "record.json").write_text("{}")
     (tmp_path / "joint 1").mkdir()
@@ -626,7 +610,7 @@ def test_compare_script_repeats_nothing_and_mixes_nothing(runs, stub, tmp_path, 
     command = ["bash", ROOT / "cpt" / "compare.sh", "--max_steps", "30", "--use_cpu"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert "cpt_2/record.json is not there" in done.stderr and done.returncode == 1
-    cpt, joined = calls_of(environment)
+    cpt, joined = calls()
     model_args, _, cyclic, training_args = parse(cpt[3:], monkeypatch)
     assert (model_args.model_name_or_path, training_args.max_steps, training_args.seed) == ("my model", 30, 2)
     assert cyclic.bit_widths == [4, 8] and cyclic.eval_bit_widths == [4, 5, 6, 7, 8] and training_args.do_train
@@ -635,7 +619,7 @@ def test_compare_script_repeats_nothing_and_mixes_nothing(runs, stub, tmp_path, 
     assert cyclic.eval_bit_widths == [4, 8] and training_args.output_dir == str(runs / "joint_2")
     done = subprocess.run([*command, "--learning_rate", "1"], env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and "a comparison with other settings" in done.stderr
-    assert len(calls_of(environment)) == 2
+    assert len(calls()) == 2
 
 
 @pytest.mark.slow
@@ -775,8 +759,9 @@ def test_published_command_is_understood(monkeypatch):
 @pytest.mark.parametrize("script", ["train.sh", "eval.sh"])
 def test_scripts_run_from_anywhere_and_pass_flags_on(script, stub, tmp_path, monkeypatch):
     command = ["bash", ROOT / "cpt" / script, "--use_cpu", "--eval_bit_widths", "5", "6"]
-    subprocess.run(command, check=True, cwd=tmp_path, env=stub)
-    (argv,) = calls_of(stub)
+    environment, calls = stub
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment)
+    (argv,) = calls()
     name = {"train.sh": "run_qa.py", "eval.sh": "run_qa_eval.py"}[script]
     assert argv[:3] == ["--standalone", "--nproc_per_node=1", str(ROOT / "cpt" / name)]
     if script == "eval.sh":

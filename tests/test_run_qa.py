@@ -336,15 +336,10 @@ def test_published_command_is_understood(monkeypatch):
 
 
 @pytest.mark.parametrize("script", ["train.sh", "eval.sh"])
-def test_shell_scripts_run_from_anywhere_and_pass_flags_on(script, tmp_path, monkeypatch):
-    stub = tmp_path / "bin" / "torchrun"
-    stub.parent.mkdir()
-    stub.write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" > "$ARGS_FILE"\n')
-    stub.chmod(0o755)
+def test_shell_scripts_run_from_anywhere_and_pass_flags_on(script, python_stub, tmp_path, monkeypatch):
+    environment, calls = python_stub
     (tmp_path / "a folder").mkdir()
-    environment = os.environ | {
-        "PATH": f"{stub.parent}:{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
-        "ARGS_FILE": str(tmp_path / "args"),
+    environment |= {
         "TRAIN_FILE": "my train.json",
         "VALIDATION_FILE": "dev.json",
         "BIT_CONFIG": "W4A8KV8",
@@ -354,7 +349,7 @@ def test_shell_scripts_run_from_anywhere_and_pass_flags_on(script, tmp_path, mon
     }
     command = ["bash", ROOT / "base_model" / script, "--seed", "7", "--use_cpu"]
     subprocess.run(command, check=True, cwd=tmp_path / "a folder", env=environment)
-    argv = (tmp_path / "args").read_text().split("\0")[:-1]
+    (argv,) = calls()
     assert argv[:3] == ["--standalone", "--nproc_per_node=3", str(ROOT / "base_model" / "run_qa.py")]
     model_args, data_args, training_args = parse(argv[3:], monkeypatch)
     assert (model_args.model_name_or_path, model_args.bit_config) == ("my model", "W4A8KV8")

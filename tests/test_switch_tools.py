@@ -637,18 +637,14 @@ def test_sensitivity_file_of_another_checkpoint_or_kind_is_refused(run, swept, t
 
 
 @pytest.mark.parametrize(("script", "arguments"), [("eval.sh", "EvalArguments"), ("sweep.sh", "SweepArguments")])
-def test_shell_scripts_run_from_anywhere_and_pass_flags_on(script, arguments, tmp_path):
+def test_shell_scripts_run_from_anywhere_and_pass_flags_on(script, arguments, python_stub, tmp_path):
     folder = tmp_path / "with space"
     folder.mkdir()
-    shutil.copy(ROOT / "switch_precision" / script, folder)
+    for name in (script, "common.sh"):
+        shutil.copy(ROOT / "switch_precision" / name, folder)
     assert subprocess.run(["bash", "-n", folder / script], check=True).returncode == 0
-    stub = tmp_path / "bin" / "torchrun"
-    stub.parent.mkdir()
-    stub.write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" > "$ARGS_FILE"\n')
-    stub.chmod(0o755)
-    environment = os.environ | {
-        "PATH": f"{stub.parent}:{os.environ['PATH']}",
-        "ARGS_FILE": str(tmp_path / "args"),
+    environment, calls = python_stub
+    environment |= {
         "NPROC_PER_NODE": "2",
         "MODEL": "my model",
         "VALIDATION_FILE": "my dev.json",
@@ -656,7 +652,7 @@ def test_shell_scripts_run_from_anywhere_and_pass_flags_on(script, arguments, tm
         "BIT_CONFIG": "my config.json",
     }
     subprocess.run(["bash", str(folder / script), "--seed", "7"], check=True, env=environment, cwd="/")
-    argv = (tmp_path / "args").read_text().split("\0")[:-1]
+    (argv,) = calls()
     python = next(index for index, word in enumerate(argv) if word.endswith(".py"))
     assert os.path.isabs(argv[python]) and "--standalone" in argv[:python]
     assert f"--nproc_per_node={2 if script == 'eval.sh' else 1}" in argv

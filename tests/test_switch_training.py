@@ -666,21 +666,12 @@ def test_published_command_is_understood(monkeypatch):
     run_qa.check_args(model_args, objective, training_args)
 
 
-def test_train_script_runs_from_anywhere_and_passes_flags_on(tmp_path, monkeypatch):
-    stub = tmp_path / "bin" / "torchrun"
-    stub.parent.mkdir()
-    stub.write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" > "$ARGS_FILE"\n')
-    stub.chmod(0o755)
-    environment = {
-        "PATH": f"{stub.parent}:{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
-        "ARGS_FILE": str(tmp_path / "args"),
-        "CUDA_VISIBLE_DEVICES": "",
-        "TRAIN_FILE": "my train.json",
-        "MODEL": "my model",
-    }
+def test_train_script_runs_from_anywhere_and_passes_flags_on(python_stub, tmp_path, monkeypatch):
+    environment, calls = python_stub
+    environment |= {"TRAIN_FILE": "my train.json", "MODEL": "my model"}
     command = ["bash", ROOT / "switch_precision" / "train.sh", "--use_cpu", "--bit_widths", "4", "6"]
-    subprocess.run(command, check=True, cwd=tmp_path, env=os.environ | environment)
-    argv = (tmp_path / "args").read_text().split("\0")[:-1]
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment)
+    (argv,) = calls()
     assert argv[:3] == ["--standalone", "--nproc_per_node=1", str(ROOT / "switch_precision" / "run_qa.py")]
     model_args, data_args, _, training_args = parse(argv[3:], monkeypatch)
     assert model_args.bit_widths == [4, 6] and data_args.train_file == "my train.json" and not training_args.bf16
