@@ -66,7 +66,7 @@ def attacked_texts(attack):
 
 
 def check_bits(name, attack, configs):
-    """Raise UserError where a config has the name of an attacked one, the same layers, other bits."""
+    """Refuse a config with the name and the layers of an attacked one and other bits: its file was edited."""
     for config, attacked in attack["settings"]["precisions"].items():
         now = configs.get(config, attacked)
         if now.keys() == attacked.keys() and (changed := differences(attacked, now)):
