@@ -3,7 +3,6 @@
 Every text is tokenized again before it is classified or measured: scores on the sampled ids would overstate success.
 """
 
-import json
 import logging
 import os
 
@@ -13,6 +12,7 @@ import torch
 import gbda
 from classifier import accuracy_row, encode, hidden_states, pad_right, predict
 from models.errors import UserError
+from models.user_input import read_json
 from whitebox_attack import RESULT_FILE
 
 logger = logging.getLogger("adversarial_texts")
@@ -28,11 +28,10 @@ def load_attacks(folders, model_sha256, samples):
         path = os.path.join(folder, RESULT_FILE)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path}: no such file; the attack is not finished or was never run (attack.sh)")
-        with open(path, encoding="utf-8") as file:
-            try:
-                attack = json.load(file)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}: damaged ({error}); run the attack again") from None
+        try:
+            attack = read_json(path)
+        except UserError as error:
+            raise UserError(f"{path}: damaged ({error}); run the attack again") from None
         settings = attack["settings"]
         name = attack_name(settings)
         if name in attacks:

@@ -5,7 +5,6 @@ choice fits when the sum of its resources is at most the budget. Resources are i
 so that no rounding of the solver can exceed the budget. `Problem` makes these arrays from a sensitivity record.
 """
 
-import json
 import os
 
 import numpy as np
@@ -14,6 +13,7 @@ from scipy.sparse import kron
 
 from eval_setup import resolve_configs
 from models.errors import UserError
+from models.user_input import read_json
 
 BUDGETS = ("average_bits", "weight_mb", "bitops")
 
@@ -44,12 +44,11 @@ def read_sensitivity(path, checksum):
     """The record of sensitivity.py; refused when it is missing, something else, or of another checkpoint."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--sensitivity_file {path}: no such file; sweep.sh (sensitivity.py) makes it")
-    with open(path, encoding="utf-8") as file:
-        try:
-            record = json.load(file)
-            found = record["identity"]["model_sha256"], record["flips"], record["identity"]["low_bits"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"--sensitivity_file {path}: not a record of sensitivity.py ({error!r})") from None
+    try:
+        record = read_json(path)
+        found = record["identity"]["model_sha256"], record["flips"], record["identity"]["low_bits"]
+    except (UserError, KeyError, TypeError) as error:
+        raise UserError(f"--sensitivity_file {path}: not a record of sensitivity.py ({error!r})") from None
     if found[0] != checksum:
         raise UserError(
             f"--sensitivity_file {path}: swept a checkpoint with checksum {found[0][:16]}..., this one has "
@@ -73,9 +72,7 @@ class Problem:
                 )
             self.names = [name for name, resolved in swept.items() if resolved in asked.values()]
             if len(self.names) < 2 or identity["reference_config"] not in asked.values():
-                raise UserError(
-                    f"--bit_widths: allowed are {next(iter(swept))} (the reference) and one more at least"
-                )
+                raise UserError(f"--bit_widths: allowed are {next(iter(swept))} (the reference) and one more at least")
         else:
             self.names = list(swept)
         if lacking := [key for key, flip in flips.items() if flip["kind"] == "layer" and score not in flip]:
