@@ -42,16 +42,14 @@ def parse_args(*dataclass_types):
     parser = HfArgumentParser(dataclass_types, allow_abbrev=not from_file)
 
     def fail(message):
-        raise UserError(f"{source}{message}")
+        raise UserError(message)
 
     parser.error = fail  # one line: argparse would print the usage of some two hundred flags before it
     try:
         groups = parser.parse_args_into_dataclasses(words)
-    except UserError:
-        raise
+        check_flags(*groups)
     except (ValueError, TypeError, ImportError) as error:  # of the flags themselves: nothing has run yet
         raise UserError(f"{source}{error}") from error
-    check_flags(*groups)
     return groups
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import HfArgumentParser
 
 from conftest import NAMES, ROOT, THINGS, experiment
 

@@ -22,7 +22,7 @@ SHORT_FORM = re.compile(f"W{_NUMBER}A{_NUMBER}(?:KV{_NUMBER})?")  # LLM-QAT's no
 ALLOWED_TEXT = "2 to 8, 16 or 32"
 MAX_FAULTS_SHOWN = 20
 MAX_KEYS = 1000  # besides a listing of all layers: a wildcard takes about 0.1 ms
-MAX_KEY_LENGTH = 200  # characters
+MAX_KEY_LENGTH = 100  # characters
 
 
 def has_kv(layer):

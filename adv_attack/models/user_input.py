@@ -13,7 +13,7 @@ SHOWN = 80  # characters of a value in a message
 def show(value):
     """A value as JSON on one line, control characters escaped, at most 80 characters; what is not JSON by its type."""
     try:
-        text = json.dumps(value[:SHOWN] if isinstance(value, str) else value)
+        text = json.dumps(value[:SHOWN] if isinstance(value, str | list) else value)
     except (TypeError, ValueError, RecursionError):
         text = f"a value of type {type(value).__name__}"
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
