@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from scipy.stats import binomtest
 
-from models.bit_config import SHORT_FORM, short_name
+from models.bit_config import config_name
 from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2ForSequenceClassification, QuantGPT2LMHeadModel
 from record import json_checksum
@@ -102,18 +102,13 @@ def resolve_configs(model, texts):
     A file is named by its stem (by its path where two stems agree), a width by its W-A-KV notation.
     """
     texts = list(dict.fromkeys(texts))
-    stems = [os.path.splitext(os.path.basename(text))[0] for text in texts]
+    names = [config_name(text) for text in texts]
     saved, configs, faults = model.config.bit_config, {}, []
-    for text, stem in zip(texts, stems, strict=True):
+    for text, name in zip(texts, names, strict=True):
         try:
-            with model.bit_config(
-                saved if text == "checkpoint" else int(text) if text.isdigit() else text
-            ) as resolved:
-                name = stem if stems.count(stem) == 1 else text
-                if text == "checkpoint" or SHORT_FORM.fullmatch(text):
+            with model.bit_config(saved if text == "checkpoint" else text) as resolved:
+                if names.count(name) > 1 and text != "checkpoint" and os.path.isfile(text):
                     name = text
-                elif text.isdigit():
-                    name = short_name(resolved)
                 configs[name if configs.get(name, resolved) == resolved else text] = resolved
         except (ValueError, OSError) as error:
             lines = str(error).splitlines()

@@ -29,13 +29,13 @@ import transformers
 from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
-    HfArgumentParser,
     TrainingArguments,
     set_seed,
 )
 from transformers.utils.versions import require_version
 
 from classifier import accuracy_row, encode, load_rows
+from flags import parse_args
 from models.bit_config import describe_bit_config, short_name
 from models.checkpoint import read_config
 from models.errors import UserError, is_disk_error
@@ -54,7 +54,7 @@ def option(default, text, **kwargs):
     """A dataclass field with a help text."""
     aliases = {"aliases": kwargs.pop("aliases")} if "aliases" in kwargs else {}
     factory = {"default_factory": lambda: default} if isinstance(default, list) else {"default": default}
-    return dataclasses.field(**factory, metadata={"help": text, **aliases}, **kwargs)
+    return dataclasses.field(**factory, metadata={"help": text.replace("%", "%%"), **aliases}, **kwargs)
 
 
 @dataclasses.dataclass
@@ -73,7 +73,8 @@ class ModelArguments:
     lora_alpha: int | None = option(None, "scaling is lora_alpha / lora_r (default: 16, or that of the checkpoint)")
     bit_widths: list[int] | None = option(None, "width of W, A and KV trained with LoRA; several with RPT")
     bit_config: str | None = option(
-        None, 'per-layer bits: JSON file (configs/README.md) or "W4A8KV8"; training: static, with LoRA; else PTQ'
+        None,
+        'per-layer bits: JSON file (configs/README.md), "W4A8KV8", or a width; training: static, with LoRA; else PTQ',
     )
     train_all_weights: bool = option(False, "train all weights at the bits that are given, without adapters")
     random_precision_training: bool = option(False, "RPT: every step trains one of --bit_widths", aliases=["--rpt"])
@@ -100,20 +101,6 @@ class TrainingTextArguments(TextArguments):
     """The texts, and the output folder."""
 
     overwrite_output_dir: bool = option(False, "start over in a used --output_dir; deletes its checkpoints")
-
-
-# Copied from base_model/run_qa.py:parse_args
-def parse_args(*dataclass_types):
-    """One instance of each dataclass, from the command line or from one JSON file."""
-    parser = HfArgumentParser(dataclass_types)
-    refuse = parser.error
-    parser.error = lambda message: refuse(hide_tokens(message))
-    try:
-        if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-            return parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
-        return parser.parse_args_into_dataclasses()
-    except (ValueError, TypeError, ImportError) as error:  # of the flags themselves: nothing has run yet
-        raise UserError(error) from error
 
 
 # Copied from base_model/run_qa.py:setup_logging
@@ -219,8 +206,8 @@ def build_model(model_args, training, tokenizer, num_labels):
     labels = {"num_labels": num_labels} if num_labels else {}
     model = open_model(QuantGPT2ForSequenceClassification, model_args, tokenizer, training, **labels)
     model.config.pad_token_id = tokenizer.pad_token_id
-    widths = model_args.bit_widths
-    bits = model_args.bit_config or (max(widths) if widths else None)
+    widths = model_args.bit_widths or []
+    bits = model_args.bit_config if model_args.bit_config is not None else max(widths, default=None)
     lora = model_args.add_lora or (bits is not None and not model_args.train_all_weights)
     if training and lora and not model.config.lora_bank:
         with model.bit_config(bits or 32) as resolved:

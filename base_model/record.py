@@ -17,6 +17,7 @@ import sys
 import torch
 
 from models.errors import UserError
+from models.user_input import read_json
 
 logger = logging.getLogger("record")
 TOKEN_FLAGS = ("token", "hub_token", "push_to_hub_token")
@@ -67,12 +68,11 @@ def write_state(path: str | os.PathLike, obj: dict) -> None:
 
 def load_state(path: str | os.PathLike) -> dict:
     """What `write_state` wrote, without the checksum. Raises: UserError naming a damaged file; OSError."""
-    with open(path, encoding="utf-8") as file:
-        try:
-            obj = json.load(file)
-            checksum = obj.pop("sha256", None)
-        except (ValueError, AttributeError, TypeError, RecursionError) as error:
-            raise UserError(f"{path}: damaged ({error})") from None
+    try:
+        obj = read_json(path)
+        checksum = obj.pop("sha256", None)
+    except (UserError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error})") from None
     if checksum != json_checksum(obj):
         raise UserError(f"{path}: damaged (its content and its checksum do not agree) or of an older version")
     return obj

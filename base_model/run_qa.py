@@ -23,9 +23,10 @@ import datasets
 import evaluate
 import transformers
 from datasets.fingerprint import Hasher
-from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, TrainingArguments, set_seed
+from transformers import AutoTokenizer, DataCollatorWithPadding, TrainingArguments, set_seed
 from transformers.utils.versions import require_version
 
+from flags import parse_args
 from models.bit_config import describe_bit_config, short_name
 from models.bitsandbytes_ptq import LABELS, METHODS, quantize_with_bitsandbytes
 from models.checkpoint import read_config
@@ -47,7 +48,7 @@ def option(default, text, **kwargs):
     """A dataclass field with a help text."""
     aliases = {"aliases": kwargs.pop("aliases")} if "aliases" in kwargs else {}
     factory = {"default_factory": lambda: default} if isinstance(default, list) else {"default": default}
-    return dataclasses.field(**factory, metadata={"help": text, **aliases}, **kwargs)
+    return dataclasses.field(**factory, metadata={"help": text.replace("%", "%%"), **aliases}, **kwargs)
 
 
 @dataclasses.dataclass
@@ -67,7 +68,8 @@ class ModelArguments:
     bit_widths: list[int] | None = option(None, "static width of W, A and KV, trained with LoRA (here one: 2 to 8)")
     bit_config: str | None = option(
         None,
-        'per-layer bits: JSON file (configs/README.md) or "W4A8KV8"; training: static, with LoRA; evaluation: PTQ',
+        'per-layer bits: JSON file (configs/README.md), "W4A8KV8", or a width as 8; training: static, with LoRA; '
+        "evaluation: PTQ",
         aliases=["--sp_config_path"],
     )
     execution: str | None = option(
@@ -105,19 +107,6 @@ class DataTrainingArguments:
     n_best_size: int = option(20, "candidate answers kept in the n-best file")
     max_answer_length: int = option(30, "tokens of an answer, at most")
     record_file: str | None = option(None, "where the run's JSON record goes (default: record.json in --output_dir)")
-
-
-def parse_args(*dataclass_types):
-    """One instance of each dataclass, from the command line or from one JSON file."""
-    parser = HfArgumentParser(dataclass_types)
-    refuse = parser.error
-    parser.error = lambda message: refuse(hide_tokens(message))
-    try:
-        if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-            return parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
-        return parser.parse_args_into_dataclasses()
-    except (ValueError, TypeError, ImportError) as error:  # of the flags themselves: nothing has run yet
-        raise UserError(error) from error
 
 
 def setup_logging(training_args):
@@ -214,7 +203,9 @@ def open_model(model_class, model_args, tokenizer, training=False, **overrides):
 def build_model(model_args, training, tokenizer):
     """The model with its adapters and bits set."""
     model = open_model(QuantGPT2ForQuestionAnswering, model_args, tokenizer, training)
-    bits = model_args.bit_config or (model_args.bit_widths[0] if model_args.bit_widths else None)
+    bits = model_args.bit_config
+    if bits is None and model_args.bit_widths:
+        bits = model_args.bit_widths[0]
     if bits is not None and (model.config.lora_bank or not training):
         model.set_bit_config(bits)
     elif bits is not None:
@@ -222,6 +213,7 @@ def build_model(model_args, training, tokenizer):
             widths = sorted({layer["w_bits"] for layer in resolved.values()})
         model.add_lora(widths, model_args.lora_r, model_args.lora_alpha)
         model.set_bit_config(bits)
+        model.config.trained_bit_configs = ["checkpoint"]  # one assignment, whatever widths its bank has
     elif model_args.add_lora and not model.config.lora_bank:
         model.add_lora(["shared"], model_args.lora_r, model_args.lora_alpha)
     if model.config.lora_bank and not model.config.base_model_name_or_path:

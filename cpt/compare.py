@@ -23,7 +23,7 @@ METRICS = {"exact_match": "EM", "f1": "F1"}
 def load(path):
     """JSON of a file that an earlier step must have left."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         sys.exit(f"error: {path} is not there: let compare.sh finish, and pass the seeds that it ran")
 

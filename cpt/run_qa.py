@@ -26,7 +26,7 @@ import datasets
 import evaluate
 import transformers
 from datasets.fingerprint import Hasher
-from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, TrainingArguments, set_seed
+from transformers import AutoTokenizer, DataCollatorWithPadding, TrainingArguments, set_seed
 from transformers.utils.versions import require_version
 
 import precision_range_test
@@ -40,7 +40,8 @@ from cyclic_precision_trainer import (
     training_cost,
     write_schedule,
 )
-from models.bit_config import ALLOWED_BITS, ALLOWED_TEXT, describe_bit_config, short_name
+from flags import parse_args
+from models.bit_config import describe_bit_config, short_name
 from models.checkpoint import read_config
 from models.errors import UserError, is_disk_error
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
@@ -61,7 +62,7 @@ def option(default, text, **kwargs):
     """A dataclass field with a help text."""
     aliases = {"aliases": kwargs.pop("aliases")} if "aliases" in kwargs else {}
     factory = {"default_factory": lambda: default} if isinstance(default, list) else {"default": default}
-    return dataclasses.field(**factory, metadata={"help": text, **aliases}, **kwargs)
+    return dataclasses.field(**factory, metadata={"help": text.replace("%", "%%"), **aliases}, **kwargs)
 
 
 @dataclasses.dataclass
@@ -139,20 +140,6 @@ class DataTrainingArguments:
     record_file: str | None = option(None, "where the run's JSON record goes (default: record.json in --output_dir)")
 
 
-# Copied from base_model/run_qa.py:parse_args
-def parse_args(*dataclass_types):
-    """One instance of each dataclass, from the command line or from one JSON file."""
-    parser = HfArgumentParser(dataclass_types)
-    refuse = parser.error
-    parser.error = lambda message: refuse(hide_tokens(message))
-    try:
-        if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-            return parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
-        return parser.parse_args_into_dataclasses()
-    except (ValueError, TypeError, ImportError) as error:  # of the flags themselves: nothing has run yet
-        raise UserError(error) from error
-
-
 # Copied from base_model/run_qa.py:setup_logging
 def setup_logging(training_args):
     """INFO on rank 0, warnings elsewhere."""
@@ -180,10 +167,6 @@ def check_args(cyclic_args, training_args):
         )
     if widths[0] > widths[1]:
         raise UserError(f"--bit_widths {widths[0]} {widths[1]}: the lowest width comes first")
-    named = {"fixed_bits": [cyclic_args.fixed_bits], "eval_bit_widths": cyclic_args.eval_bit_widths or []}
-    for flag, bits in named.items():
-        if not set(bits) <= set(ALLOWED_BITS):
-            raise UserError(f"--{flag} {' '.join(map(str, bits))}: allowed are {ALLOWED_TEXT}")
     if not cyclic_args.cycle or not set(cyclic_args.cycle) <= set(TENSORS):
         raise UserError(f"--cycle {' '.join(cyclic_args.cycle)}: allowed are {', '.join(TENSORS)}")
     if cyclic_args.period not in PERIODS:

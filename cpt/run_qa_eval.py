@@ -141,7 +141,8 @@ class Evaluator:
     def evaluate(self, name, resolved):
         """The record of one config, with its predictions {id: text}."""
         start, digest = time.time(), self.digest(resolved)
-        folder = os.path.join(self.folder, f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}-{digest}")
+        # the digest alone tells configs apart: names may agree in what is replaced or cut off
+        folder = os.path.join(self.folder, f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)[:100]}-{digest}")
         self.training_args.output_dir = folder  # where the trainer writes the predictions
         try:
             with self.model.bit_config(resolved):

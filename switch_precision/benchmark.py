@@ -31,6 +31,7 @@ import peers
 from eval_stats import markdown_table
 from models.bit_config import describe_bit_config
 from models.errors import UserError
+from models.user_input import read_json
 from plots import plt, save
 from record import relative_path, run_record, write_json_atomic, write_text_atomic
 from run_qa import option, parse_args, plain_errors
@@ -98,8 +99,7 @@ def read_eval_record(path):
     if not os.path.isfile(path):
         raise UserError(f"--eval_record {path}: no such file")
     try:
-        with open(path, encoding="utf-8") as file:
-            record = json.load(file)
+        record = read_json(path)
         layers = record["bit_config"]["layers"]
         return [(layers[row["config"]], row["exact_match"]) for row in record["rows"]]
     except (ValueError, KeyError, TypeError) as error:

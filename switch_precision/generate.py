@@ -23,6 +23,7 @@ from models.bit_config import describe_bit_config
 from models.errors import UserError
 from models.kv_cache import QuantizedKVCache, cache_bytes
 from models.modeling_gpt2_quant import QuantGPT2LMHeadModel
+from models.user_input import read_text
 from record import file_checksum, relative_path, run_record, write_json_atomic
 from run_qa import load_tokenizer, option, parse_args, plain_errors, setup_logging
 
@@ -68,11 +69,7 @@ def read_prompts(args):
     """[prompt]; none of them empty."""
     prompts = args.prompt
     if args.prompt_file:
-        try:
-            with open(args.prompt_file, encoding="utf-8") as file:
-                prompts = [file.read()]
-        except UnicodeDecodeError as error:
-            raise UserError(f"{args.prompt_file}: not UTF-8 text ({error})") from None
+        prompts = [read_text(args.prompt_file)]
     if not all(prompts):
         raise UserError(f"{args.prompt_file or '--prompt'}: an empty prompt; GPT-2 needs at least one token")
     return prompts

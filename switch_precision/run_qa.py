@@ -28,7 +28,6 @@ from datasets.fingerprint import Hasher
 from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
-    HfArgumentParser,
     SchedulerType,
     TrainingArguments,
     set_seed,
@@ -42,7 +41,13 @@ from adaptive_lora_trainer import (
     qa_distillation_mse,
     uniform_configs,
 )
-from models.bit_config import ALLOWED_BITS, ALLOWED_TEXT, describe_bit_config, resolve_bit_config, short_name
+from flags import check_file_name, parse_args
+from models.bit_config import (
+    config_name,
+    describe_bit_config,
+    resolve_bit_config,
+    short_name,
+)
 from models.checkpoint import read_config
 from models.errors import UserError, is_disk_error
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
@@ -62,7 +67,7 @@ def option(default, text, **kwargs):
     """A dataclass field with a help text."""
     aliases = {"aliases": kwargs.pop("aliases")} if "aliases" in kwargs else {}
     factory = {"default_factory": lambda: default} if isinstance(default, list) else {"default": default}
-    return dataclasses.field(**factory, metadata={"help": text, **aliases}, **kwargs)
+    return dataclasses.field(**factory, metadata={"help": text.replace("%", "%%"), **aliases}, **kwargs)
 
 
 @dataclasses.dataclass
@@ -81,8 +86,8 @@ class ModelArguments:
     bit_widths: list[int] = option([4, 8], "widths to serve, W = A = KV; each has its own adapter in every linear")
     bit_configs: list[str] | None = option(
         None,
-        'train and evaluate these configs instead: JSON files (configs/README.md) or "W4A8KV8"; adapters for their '
-        "w_bits",
+        'train and evaluate these configs instead: JSON files (configs/README.md), "W4A8KV8", or widths as 8; '
+        "adapters for their w_bits",
     )
     execution: str | None = option(
         None,
@@ -145,20 +150,6 @@ class DataTrainingArguments:
     record_file: str | None = option(None, "where the run's JSON record goes (default: record.json in --output_dir)")
 
 
-# Copied from base_model/run_qa.py:parse_args
-def parse_args(*dataclass_types):
-    """One instance of each dataclass, from the command line or from one JSON file."""
-    parser = HfArgumentParser(dataclass_types)
-    refuse = parser.error
-    parser.error = lambda message: refuse(hide_tokens(message))
-    try:
-        if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-            return parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
-        return parser.parse_args_into_dataclasses()
-    except (ValueError, TypeError, ImportError) as error:  # of the flags themselves: nothing has run yet
-        raise UserError(error) from error
-
-
 # Copied from base_model/run_qa.py:setup_logging
 def setup_logging(training_args):
     """INFO on rank 0, warnings elsewhere."""
@@ -178,10 +169,8 @@ def check_args(model_args, objective_args, training_args):
     """Refuse what cannot work, before anything is loaded."""
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise UserError("nothing to do: pass --do_train, --do_eval or --do_predict")
+    named_configs(model_args.bit_configs or [])
     widths = model_args.bit_widths
-    for bits in widths:
-        if bits not in ALLOWED_BITS:
-            raise UserError(f"--bit_widths: {bits} is not a bit-width, allowed are {ALLOWED_TEXT}")
     if len(set(widths)) < len(widths):
         raise UserError(f"--bit_widths {' '.join(map(str, widths))}: every width once")
     for flag, allowed in {
@@ -234,6 +223,23 @@ def load_tokenizer(model_args):
     return tokenizer
 
 
+def named_configs(sources):
+    """{name: source} of --bit_configs; refuses two whose names agree or whose predictions would go to one file."""
+    named, files = {}, {}
+    for source in sources:
+        named[config_name(source)] = source
+        for kind in ("", "_nbest"):
+            file = f"eval_{config_name(source)}{kind}_predictions.json"
+            check_file_name("--bit_configs writes", f"{file}.{os.getpid()}.tmp")
+            if (key := file.casefold()) in files:
+                raise UserError(
+                    f"--bit_configs {files[key]} {source}: two configs are called {config_name(source)}, or both "
+                    f"would write {file}; results could not tell them apart"
+                )
+            files[key] = source
+    return named
+
+
 def target_configs(model_args, shapes):
     """[(name, resolved config)] to train and evaluate, highest precision first.
 
@@ -241,12 +247,9 @@ def target_configs(model_args, shapes):
     """
     if not model_args.bit_configs:
         return uniform_configs(shapes, model_args.bit_widths)
-    targets = {}
-    for source in model_args.bit_configs:
-        name = os.path.splitext(os.path.basename(source))[0]
-        if name in targets:
-            raise UserError(f"--bit_configs: two configs are called {name}; results could not tell them apart")
-        targets[name] = resolve_bit_config(source, shapes)
+    targets = {
+        name: resolve_bit_config(source, shapes) for name, source in named_configs(model_args.bit_configs).items()
+    }
 
     def average_bits(pair):
         weights = describe_bit_config(pair[1], shapes)["average_w_bits"]

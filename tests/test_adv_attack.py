@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import pathlib
 import random
 import shutil
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import HfArgumentParser
 
 from conftest import NAMES, ROOT, THINGS, experiment, save_tiny_tokenizer
 
@@ -428,7 +430,7 @@ def test_training_refuses(tiny_model, text_files, tmp_path, flags, message):
         ("a.jsonl", '{"text": "x", "label": -1}\n', r'line 1: "label" = -1: allowed are the integers'),
         ("a.jsonl", '{"text": "x", "label": 0.5}\n', r'"label" = 0.5: allowed are the integers'),
         ("a.jsonl", '{"text": "x", "label": true}\n', r'"label" = true: allowed are the integers'),
-        ("a.jsonl", '{"text": "x", "label": 0}\n{"text"\n', r"a.jsonl, line 2: not a JSON object"),
+        ("a.jsonl", '{"text": "x", "label": 0}\n{"text"\n', r"a.jsonl, line 2: not valid JSON"),
         ("a.jsonl", "[1]\n", r"line 1: want an object with text and label, found list"),
         ("a.jsonl", "\n", r"a.jsonl: no rows in it"),
         ("a.csv", "text,class\nx,0\n", r'a.csv, line 2: no "label"; found text, class'),
@@ -475,20 +477,20 @@ def test_shell_scripts_run_from_anywhere_and_pass_flags_last(python_stub):
 
     types = (text_classification.ModelArguments, text_classification.TrainingTextArguments)
     train = words("train.sh", "--max_seq_length", "9")
-    parser = text_classification.HfArgumentParser([*types, text_classification.TrainingArguments])
+    parser = HfArgumentParser([*types, text_classification.TrainingArguments])
     _, texts, _ = parser.parse_args_into_dataclasses(train[train.index("--model_name_or_path") :])
     assert texts.train_file == "my train.jsonl" and texts.max_seq_length == 9
 
     found = words("attack.sh", "--attack_bits", "eot", "--num_samples", "7")
     types = (attack_setup.ClassifierArguments, text_classification.TextArguments, whitebox_attack.AttackArguments)
-    parser = text_classification.HfArgumentParser(types)
+    parser = HfArgumentParser(types)
     _, _, args = parser.parse_args_into_dataclasses(found[1:])
     assert args.attack_bits == "eot" and args.num_samples == 7 and args.output_dir.endswith("results/attack_eot")
     assert words("attack.sh", ATTACK_BITS="x/mine.json")[-1].endswith("results/attack_mine")
 
     found = words("eval.sh", "--repetitions", "3", ATTACK_DIRS="a b")
     at = found.index(str(ROOT / "adv_attack" / "random_precision_inference.py"))
-    parser = text_classification.HfArgumentParser((attack_setup.ClassifierArguments, rpi.RandomPrecisionArguments))
+    parser = HfArgumentParser((attack_setup.ClassifierArguments, rpi.RandomPrecisionArguments))
     _, args = parser.parse_args_into_dataclasses(found[at + 1 :])
     assert args.attack_dirs == ["a", "b"] and args.repetitions == 3
 

@@ -238,7 +238,7 @@ def test_nan_stops_the_run_and_names_step_config_and_checkpoint(run, tmp_path, m
         (("--bit_widths", "4", "--bit_config", "W4A4KV4"), "pass one of them"),
         (("--bit_widths", "9"), "9 is not a bit-width"),
         (("--bit_config", "nowhere.json"), "nowhere.json: no such bit-width config"),
-        (("--add_lora", "--lora_r", "0"), "r = 0"),
+        (("--add_lora", "--lora_r", "0"), "--lora_r 0: must be a number above 0"),
         (("--bitsandbytes", "nf4"), "no --do_train"),
         (("--bitsandbytes", "5bit"), "allowed are 8bit, nf4"),
         (("--train_file", "nowhere.json"), "nowhere.json"),

@@ -629,7 +629,7 @@ def test_two_processes_equal_one_with_the_batch_of_both(samples, batch, accumula
         (("--sample_widths", "1", "--objective", "random"), "no other objective"),
         (("--objective", "sequential", "--teacher"), "no --teacher"),
         (("--teacher", "--bit_widths", "8", "32"), "has already"),
-        (("--lora_r", "0"), "r = 0"),
+        (("--lora_r", "0"), "--lora_r 0: must be a number above 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

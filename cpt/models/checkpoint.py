@@ -15,7 +15,6 @@ import os
 import re
 import tempfile
 import time
-from collections import Counter
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +27,7 @@ from .bit_config import ALLOWED_BITS, SHORT_FORM, resolve_bit_config
 from .errors import UserError
 from .integer import PACKED_BITS, unpack_int4
 from .quantization import QUANTIZED_BITS
+from .user_input import read_json
 
 CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME = "config.json", "model.safetensors", "model.safetensors.index.json"
 CHECKSUM = "weights_sha256"  # key of config.json: sha256 of the bytes of model.safetensors
@@ -88,29 +88,13 @@ def refuse(path, faults):
 # ---- config.json
 
 
-def read_json(path):
+def read_object(path):
     """The object in a JSON file. Raises UserError: no file, not UTF-8, not JSON, duplicate keys, no object."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file, so this is no complete checkpoint")
-
-    def unique(pairs):
-        if repeated := [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]:
-            raise ValueError(f"duplicate key {json.dumps(repeated[0])}: keep one of them")
-        return dict(pairs)
-
-    def no_constant(word):
-        raise ValueError(f"{word} is no number of JSON")
-
-    with open(path, "rb") as file:
-        data = file.read(MAX_JSON_BYTES + 1)
-    if len(data) > MAX_JSON_BYTES:
+    if os.path.getsize(path) > MAX_JSON_BYTES:
         raise UserError(f"{path}: more than {MAX_JSON_BYTES} bytes, which is no config")
-    try:
-        found = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=no_constant)
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+    found = read_json(path)
     if not isinstance(found, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(found).__name__}")
     return found
@@ -311,7 +295,7 @@ def read_config(name, hub):
         if path is None:
             raise UserError(f"{name}: no {CONFIG_NAME} in it, so this is no model")
         hub = hub | {"revision": extract_commit_hash(path, None) or hub.get("revision")}
-    raw = read_json(path)
+    raw = read_object(path)
     if (kind := raw.get("model_type")) not in ("gpt2", "quant_gpt2"):
         raise UserError(f"{path}: model_type is {kind!r:.60}, allowed are 'gpt2' and 'quant_gpt2'")
     own = kind == "quant_gpt2"
@@ -520,7 +504,7 @@ def _read_weights(name, hub, checksum, config_path, fields, own):
     if index is None:
         weights = weights or os.path.join(name, WEIGHTS_NAME)
         return weights, rename(_read_safetensors(weights, checksum, check))
-    shards, state = read_json(index).get("weight_map"), {}
+    shards, state = read_object(index).get("weight_map"), {}
     if not isinstance(shards, dict) or not shards or not _are_files(shards.values()):
         raise UserError(f'{index}: "weight_map": allowed is an object {{tensor: file of this folder}}')
     for file in sorted(set(shards.values())):
