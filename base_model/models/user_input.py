@@ -29,8 +29,11 @@ def parse_json(text, source):
             raise UserError(f"{source}: duplicate key {', '.join(sorted(repeated)[:5])}{more}: keep one of them")
         return found
 
+    def no_constant(word):
+        raise UserError(f"{source}: not valid JSON ({word} is no number there)")
+
     try:
-        return json.loads(text, object_pairs_hook=no_duplicates)
+        return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constant)
     except UserError:
         raise
     except RecursionError:
