@@ -197,6 +197,7 @@ def main():
         write_json_atomic(path, as_config(configs[name], words))
 
     evaluator = Evaluator(model, tokenizer, args, data_args, training_args, data_args.overwrite_output_dir)
+    model.keep_only_codes(configs.values())
     rows = evaluator.table(evaluator.evaluate_all(configs), problem.names[0], args.num_bootstrap)
     lines = table_lines(rows, problem.names[0])
     for name in budgets if args.num_random else ():

@@ -23,6 +23,17 @@ from record import load_state, write_state
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.parametrize(("bits", "kept"), [("8", False), ("W4A8KV8", False), ("16", True), (None, True)])
+def test_an_evaluation_at_quantized_bits_keeps_only_codes(bits, kept, run, monkeypatch):
+    trainers, trainer_class = [], run_qa.QuestionAnsweringTrainer
+    monkeypatch.setattr(
+        run_qa, "QuestionAnsweringTrainer", lambda **kwargs: trainers.append(trainer_class(**kwargs)) or trainers[-1]
+    )
+    flags = ("--bit_widths" if bits.isdigit() else "--bit_config", bits) if bits else ()
+    run(*flags, train=False)
+    assert {layer.weight is not None for layer in trainers[0].model.quant_layers().values()} == {kept}
+
+
 @pytest.fixture
 def run(monkeypatch, tiny_model, squad_files, tmp_path):
     """run(*flags, **flags) calls main() with the tiny model and data; later flags win; returns the run's record."""

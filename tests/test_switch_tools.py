@@ -116,6 +116,23 @@ def test_execution_on_integers_is_the_default_and_gives_the_answers_of_fake_quan
         run(run_qa_eval, "--execution", "int4", out="refused")
 
 
+def test_an_evaluation_keeps_only_codes_unless_a_config_needs_floats(run, monkeypatch, tiny_model, tmp_path):
+    models, load = [], run_qa_eval.load_model
+    monkeypatch.setattr(run_qa_eval, "load_model", lambda *args: models.append(load(*args)) or models[-1])
+    mixed = tmp_path / "mixed.json"
+    mixed.write_text(json.dumps({"default": 8, "transformer.h.0.mlp.*": 4}))
+    out = run(run_qa_eval, "--bit_configs", "8", str(mixed))
+    for name, layer in models[0].quant_layers().items():
+        assert layer.weight is None and set(layer.stored_codes()) == ({4, 8} if ".h.0.mlp." in name else {8})
+    rows = rows_of(out)
+    shapes = models[0].layer_shapes()
+    assert rows["W8A8KV8"]["weight_mb"] == sum(out * (inp + 4) for out, inp in shapes.values()) / 1e6
+    kept = rows_of(run(run_qa_eval, "--bit_configs", "8", "32", model=tiny_model, out="floats"))
+    assert all(layer.weight is not None for layer in models[1].quant_layers().values())
+    only = rows_of(run(run_qa_eval, "--bit_configs", "8", model=tiny_model, out="codes"))
+    assert only["W8A8KV8"]["exact_match"] == kept["W8A8KV8"]["exact_match"]
+
+
 def test_table_equals_single_evaluations_with_one_load_and_one_tokenization(run, count, bank, squad_files, tmp_path):
     mixed = tmp_path / "mixed.json"
     mixed.write_text(json.dumps({"default": 8, "transformer.h.0.mlp.*": 4}))
