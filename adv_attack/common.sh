@@ -58,10 +58,11 @@ bit_config_flag() {
 # check_python: one message where python3 is not the one that has the requirements.
 check_python() {
     python3 -c '
-import importlib.util
 import sys
 
 sys.path = [path for path in sys.path if path]  # not the current folder
+import importlib.util
+
 if sys.version_info < (3, 11):
     sys.exit(f"error: {sys.executable} is Python {sys.version.split()[0]}: 3.11 or newer is needed")
 missing = [name for name in ("torch", "transformers", "datasets", "accelerate") if not importlib.util.find_spec(name)]

@@ -2,6 +2,8 @@
 
 import atexit
 import contextlib
+import functools
+import importlib
 import json
 import os
 import pathlib
@@ -43,6 +45,41 @@ def experiment(folder):
         sys.path.remove(str(ROOT / folder))
         take()
         sys.modules.update(before)
+
+
+class Parsed(Exception):
+    """Carries what a script's own parser read out of its main()."""
+
+
+@functools.cache
+def load_script(path):
+    folder, _, name = path.rpartition("/")
+    with experiment(folder):
+        return importlib.import_module(name.removesuffix(".py"))
+
+
+def parse_flags(path, words):
+    """Namespace of a script's flags, as the parser in its main() reads them; nothing else of the script runs.
+
+    Raises: AssertionError for flags that it does not have, SystemExit for values that it does not take.
+    """
+    import argparse
+
+    from transformers import HfArgumentParser
+
+    def read(parser, args=None, namespace=None, **ignored):
+        found, unknown = argparse.ArgumentParser.parse_known_args(parser, args, namespace)
+        assert not unknown, f"{path} has no {' '.join(unknown)}"
+        raise Parsed(found)
+
+    script = load_script(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [path, *map(str, words)])
+        patch.setattr(argparse.ArgumentParser, "parse_args", read)
+        patch.setattr(HfArgumentParser, "parse_args_into_dataclasses", read)
+        with pytest.raises(Parsed) as caught:
+            script.main()
+    return caught.value.args[0]
 
 
 def tiny_squad(questions, seed):
