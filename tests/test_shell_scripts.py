@@ -1,5 +1,8 @@
-"""The shell scripts: what is appended wins over defaults and environment, and what cannot run is one message."""
+"""The shell scripts: what is appended wins over defaults and environment, what cannot run is one message, and nothing
+is removed that a script did not make."""
 
+import fcntl
+import hashlib
 import os
 import pathlib
 import subprocess
@@ -155,7 +158,11 @@ def test_a_comparison_refuses_flags_that_it_sets_itself(flag, python_stub, tmp_p
     done = subprocess.run(
         command, env=environment | {"OUTPUT_DIR": str(tmp_path / "out")}, capture_output=True, text=True
     )
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {flag.split('=')[0]}") and not calls()
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith(f"error: {flag.split('=')[0].replace('-dir', '_dir')} is set")
+        and not calls()
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -213,3 +220,131 @@ def test_files_of_the_current_folder_are_no_modules(tmp_path):
         ["bash", "base_model/train.sh"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 2 and done.stderr.startswith('error: NPROC_PER_NODE="0"')
+
+
+# ---- folders: a script works only in a new one, or in one that it made
+
+
+QUICK, SEEDS, COMPARE, TEXT = "quickstart/run.sh", "quickstart/seeds.sh", "cpt/compare.sh", "adv_attack/real_text.sh"
+OWNED = {QUICK: ("WORK", ".quickstart"), COMPARE: ("OUTPUT_DIR", "settings.txt"), TEXT: ("WORK", ".real_text")}
+
+
+@pytest.fixture
+def start(python_stub, tmp_path):
+    """start(script, folder, *flags): the finished process. Python is a stub, and with it the quick start's venv."""
+    environment, calls = python_stub
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python3").write_text("#!/usr/bin/env bash\nexit 3\n")
+    (venv / "bin" / "python3").chmod(0o755)
+    requirements = [(ROOT / name).read_bytes() for name in ("requirements.txt", "requirements-dev.txt")]
+    stamp = hashlib.sha256(b"\0".join([sys.version.encode(), *requirements])).hexdigest()
+    (venv / ".requirements-stamp").write_text(stamp)
+    environment |= {"VENV": str(venv), "PYTHON": sys.executable, "HOME": str(tmp_path / "home"), "SEEDS": "1"}
+    environment |= dict.fromkeys(("TRAIN_FILE", "TEST_FILE", "TOKENIZER"), str(ROOT / "README.md"))
+    (tmp_path / "home").mkdir()
+
+    def call(script, folder, *flags, **more):
+        name = OWNED.get(script, ("WORK",))[0]
+        return subprocess.run(
+            ["bash", ROOT / script, *flags],
+            env=environment | {name: str(folder)} | more,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+
+    return call
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.is_file() and path.read_text() for path in folder.rglob("*")}
+
+
+def assert_refused(done, message):
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", OWNED)
+@pytest.mark.parametrize("kind", ["folder", "relative", "link", "file", "dangling link", "home", "root", "repository"])
+def test_what_a_script_did_not_make_is_refused_and_stays(kind, script, start, tmp_path):
+    (tmp_path / "my things" / "runs").mkdir(parents=True)
+    (tmp_path / "my things" / "runs" / "notes.txt").write_text("mine")
+    (tmp_path / "link").symlink_to("my things")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "file").write_text("mine")
+    before = content(tmp_path / "my things"), sorted(os.listdir(ROOT))
+    folder = {
+        "folder": tmp_path / "my things",
+        "relative": "my things/",
+        "link": tmp_path / "link",
+        "file": tmp_path / "file",
+        "dangling link": "dangling",
+        "home": tmp_path / "home",  # empty, but not to be taken
+        "root": "/",
+        "repository": f"{ROOT}/tests/..",
+    }[kind]
+    for flags in ([], ["--fresh"]) if script == QUICK else ([],):
+        assert_refused(start(script, folder, *flags), f"{OWNED[script][0]}={folder}")
+    assert (content(tmp_path / "my things"), sorted(os.listdir(ROOT))) == before
+    assert (tmp_path / "file").read_text() == "mine" and not os.listdir(tmp_path / "home")
+
+
+@pytest.mark.parametrize("name", ["new folder", "link"])
+def test_the_quick_start_removes_only_what_it_made(name, start, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    work = tmp_path / name
+    assert start(QUICK, work).returncode == 3, "it gets as far as the stub"
+    assert {".quickstart", "code", "runs", "records"} == set(os.listdir(work))
+    (work / "mine").mkdir()
+    (work / "runs" / "full_fp32").mkdir()
+    assert start(QUICK, work).returncode == 3 and (work / "runs" / "full_fp32").exists(), "a killed run resumes"
+    (work / "code").write_text("other code")
+    assert start(QUICK, work).returncode == 3 and not (work / "runs" / "full_fp32").exists()
+    (work / "data").mkdir()
+    assert start(QUICK, work, "--fresh").returncode == 3
+    assert {".quickstart", "code", "runs", "records", "mine"} == set(os.listdir(work))
+    assert os.path.islink(tmp_path / "link") and start(QUICK, work, "--fresh", "x").returncode == 2
+
+
+@pytest.mark.parametrize("script", [*OWNED, SEEDS])
+def test_two_runs_in_one_folder_are_one_message(script, start, tmp_path):
+    work, marker = tmp_path / "work", OWNED.get(script, OWNED[QUICK])[1]
+    (work / "model").mkdir(parents=True)
+    (work / "model" / "manifest.json").touch()
+    with open(work / marker, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert_refused(start(script, work), "another run is at work in")
+
+
+@pytest.mark.parametrize(("script", "flags", "more"), [(COMPARE, ["--max_steps", "9"], {}), (TEXT, [], {"SEED": "9"})])
+def test_results_of_other_settings_are_not_mixed(script, flags, more, start, tmp_path):
+    start(script, tmp_path / "out")
+    before = content(tmp_path / "out")
+    assert before[OWNED[script][1]]
+    assert_refused(start(script, tmp_path / "out", *flags, **more), "holds results of other settings")
+    assert content(tmp_path / "out") == before and "other settings" not in start(script, tmp_path / "out").stderr
+
+
+def test_seeds_need_a_quick_start(start, tmp_path):
+    assert_refused(start(SEEDS, tmp_path / "new"), "run bash quickstart/run.sh first")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_comparison_needs_its_joint_checkpoint_first(start, tmp_path):
+    assert_refused(start(COMPARE, tmp_path / "out", JOINT="joint_SEED"), "joint_1/config.json is not there")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_an_environment_that_make_venv_did_not_make_stays(kind, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("folder")
+    environment = os.environ | {"VENV": str(tmp_path / kind), "PYTHON": sys.executable}
+    done = subprocess.run(["bash", ROOT / "tests/make_venv.sh"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "was not made by this script" in done.stderr
+    assert (tmp_path / "folder" / "notes.txt").exists() and (tmp_path / "file").read_text() == "mine"
