@@ -153,7 +153,8 @@ def python_stub(tmp_path):
         f"""#!/usr/bin/env bash
 case "$*" in
     *device_count*) echo "${{STUB_GPUS:-0}}"; exit ;;
-    "-c "* | *cpt/compare.py*) exec "{sys.executable}" "$@" ;;
+    "-c "*) exec "{sys.executable}" "$@" ;;
+    *cpt/compare.py*) if [[ -z "${{STUB_ALL:-}}" ]]; then exec "{sys.executable}" "$@"; fi ;;
 esac
 if [[ "$3" == torch.distributed.run ]]; then shift 3; fi
 printf "%s\\0" "$@" $'\\n' >>"{tmp_path / "stub" / "calls"}"

@@ -240,7 +240,13 @@ def start(python_stub, tmp_path):
     requirements = [(ROOT / name).read_bytes() for name in ("requirements.txt", "requirements-dev.txt")]
     stamp = hashlib.sha256(b"\0".join([sys.version.encode(), *requirements])).hexdigest()
     (venv / ".requirements-stamp").write_text(stamp)
-    environment |= {"VENV": str(venv), "PYTHON": sys.executable, "HOME": str(tmp_path / "home"), "SEEDS": "1"}
+    environment |= {
+        "VENV": str(venv),
+        "PYTHON": sys.executable,
+        "HOME": str(tmp_path / "home"),
+        "SEEDS": "1",
+        "STUB_ALL": "1",
+    }
     environment |= dict.fromkeys(("TRAIN_FILE", "TEST_FILE", "TOKENIZER"), str(ROOT / "README.md"))
     (tmp_path / "home").mkdir()
 
