@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import functools
+import hashlib
 import importlib
 import json
 import os
@@ -53,13 +54,23 @@ class Parsed(Exception):
 
 @functools.cache
 def load_script(path):
+    """The module of a script of any folder; what it adds to sys.path and takes from there is gone afterwards."""
     folder, _, name = path.rpartition("/")
+    before, places = dict(sys.modules), list(sys.path)
     with experiment(folder):
-        return importlib.import_module(name.removesuffix(".py"))
+        script = importlib.import_module(name.removesuffix(".py"))
+    for name in sys.modules.keys() - before:
+        file = getattr(sys.modules[name], "__file__", None) or ""
+        if file.startswith(f"{ROOT}{os.sep}") and "site-packages" not in file:
+            del sys.modules[name]
+    sys.path[:] = places
+    return script
 
 
-def parse_flags(path, words):
+def parse_flags(path, words, partial=False):
     """Namespace of a script's flags, as the parser in its main() reads them; nothing else of the script runs.
+
+    partial: required flags may be missing.
 
     Raises: AssertionError for flags that it does not have, SystemExit for values that it does not take.
     """
@@ -68,6 +79,8 @@ def parse_flags(path, words):
     from transformers import HfArgumentParser
 
     def read(parser, args=None, namespace=None, **ignored):
+        for action in parser._actions:
+            action.required &= not partial
         found, unknown = argparse.ArgumentParser.parse_known_args(parser, args, namespace)
         assert not unknown, f"{path} has no {' '.join(unknown)}"
         raise Parsed(found)
@@ -140,6 +153,13 @@ def tiny_model(tmp_path_factory):
     config.initializer_range = 0.2  # a random base whose features differ from token to token
     GPT2LMHeadModel(config).save_pretrained(folder)
     return str(folder)
+
+
+def stamp_venv(folder):
+    """Let tests/make_venv.sh take a folder for a finished environment of this python."""
+    requirements = [(ROOT / name).read_bytes() for name in ("requirements.txt", "requirements-dev.txt")]
+    stamp = hashlib.sha256(b"\0".join([sys.version.encode(), *requirements])).hexdigest()
+    (folder / ".requirements-stamp").write_text(stamp)
 
 
 @pytest.fixture

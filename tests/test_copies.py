@@ -17,6 +17,7 @@ PARSE_ARGS = '@cache\n@staged(\n    1,\n)\ndef parse_args(argv):\n    """One lin
 TRAINER = "class Trainer:\n    steps = 1\n\n    def train(self):\n        return self.steps"
 SHELL = "#!/usr/bin/env bash\n# Trains.\nset -euo pipefail\n"
 
+
 @pytest.fixture
 def repo(tmp_path):
     write = {

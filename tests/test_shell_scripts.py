@@ -2,7 +2,6 @@
 is removed that a script did not make."""
 
 import fcntl
-import hashlib
 import os
 import pathlib
 import subprocess
@@ -10,7 +9,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT, parse_flags
+from conftest import ROOT, parse_flags, stamp_venv
 
 FILES = {"TRAIN_FILE": "t.json", "VALIDATION_FILE": "v.json"}
 BITS = {"BIT_CONFIG": "W4A8KV8"}
@@ -237,9 +236,7 @@ def start(python_stub, tmp_path):
     (venv / "bin").mkdir(parents=True)
     (venv / "bin" / "python3").write_text("#!/usr/bin/env bash\nexit 3\n")
     (venv / "bin" / "python3").chmod(0o755)
-    requirements = [(ROOT / name).read_bytes() for name in ("requirements.txt", "requirements-dev.txt")]
-    stamp = hashlib.sha256(b"\0".join([sys.version.encode(), *requirements])).hexdigest()
-    (venv / ".requirements-stamp").write_text(stamp)
+    stamp_venv(venv)
     environment |= {
         "VENV": str(venv),
         "PYTHON": sys.executable,
