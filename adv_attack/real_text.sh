@@ -8,11 +8,18 @@
 # Environment: TRAIN_FILE TEST_FILE TOKENIZER (a folder), WORK (default results/real_text beside this script),
 #   NUM_TEXTS (200), CLASSIFIERS ("plain rpt"), SEED (42), PRETRAIN_STEPS (600), TRAIN_STEPS (650), NUM_ITERS (50)
 set -euo pipefail
-here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+here="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+source "$here/common.sh"
 for name in TRAIN_FILE TEST_FILE TOKENIZER; do
-    if [[ -z "${!name:-}" ]]; then echo "error: set $name (see the head of $0)" >&2; exit 2; fi
+    if [[ -z "${!name:-}" ]]; then refuse "set $name (see the head of $0)"; fi
+    if [[ ! -e "${!name}" ]]; then refuse "$name=${!name}: not there"; fi
 done
 work="${WORK:-$here/results/real_text}" seed="${SEED:-42}"
+check_python
+settings="$(for name in TRAIN_FILE TEST_FILE TOKENIZER SEED NUM_TEXTS PRETRAIN_STEPS TRAIN_STEPS NUM_ITERS; do
+    echo "$name=${!name:-}"
+done)"
+own_folder WORK "$work" .real_text "$settings"
 mkdir -p "$work/records"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" MKL_NUM_THREADS="${MKL_NUM_THREADS:-1}" HF_HUB_OFFLINE=1
 

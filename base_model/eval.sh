@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # EM/F1 of a checkpoint on SQuAD v1.1, under its own bits, under other bits, or quantized by bitsandbytes.
-#   bash eval.sh                                      what train.sh wrote
-#   BIT_CONFIG=../configs/uniform_8.json bash eval.sh post-training quantization under any config (or BIT_CONFIG=W4A8KV8)
-#   bash eval.sh --bitsandbytes nf4                   weight-only: 8bit, or nf4 with double quantization
+#   bash eval.sh                                         what train.sh wrote
+#   BIT_CONFIG=../configs/uniform_8.json bash eval.sh    post-training quantization under any config (or W4A8KV8)
+#   bash eval.sh --bitsandbytes nf4                      weight-only: 8bit, or nf4 with double quantization
 # Any flag of run_qa.py may be appended and wins.
 # Environment: MODEL VALIDATION_FILE OUTPUT_DIR BIT_CONFIG NPROC_PER_NODE
 set -euo pipefail

@@ -4,22 +4,28 @@
 #   bash compare.sh                                                    the settings of train.sh, three runs a seed
 #   bash compare.sh --max_steps 500 --num_cyclic_period 16 --learning_rate 3e-3      flags for all runs alike
 #   JOINT=../switch_precision/results/train bash compare.sh            beside a jointly trained checkpoint, at its widths
+# Which run has which seed, bits and folder is set here: no --seed, --bit_widths, --output_dir, --model_name_or_path.
 # Finished runs are not repeated, killed ones resume. SEED in JOINT is replaced by every seed.
 # Environment: MODEL TRAIN_FILE VALIDATION_FILE OUTPUT_DIR NPROC_PER_NODE SEEDS JOINT
 set -euo pipefail
-here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+here="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+source "$here/common.sh"
 out="${OUTPUT_DIR:-$here/results/compare}"
 model="${MODEL:-gpt2}"
 seeds="${SEEDS:-42 43 44}"
 
+for flag in seed bit_widths output_dir model_name_or_path record_file; do
+    if given "$flag"; then refuse "--${flag} is set by this script (environment: SEEDS OUTPUT_DIR MODEL)"; fi
+done
+check_python
+for seed in $seeds; do
+    joint="${JOINT:-}"
+    config="${joint//SEED/$seed}/config.json"
+    if [[ -n "$joint" && ! -f "$config" ]]; then refuse "JOINT: $config is not there"; fi
+done
 # Runs of other settings must not stand in one table.
 settings="$(printf '%s\n' "MODEL=$model" "TRAIN_FILE=${TRAIN_FILE:-}" "VALIDATION_FILE=${VALIDATION_FILE:-}" "$@")"
-mkdir -p "$out"
-if [[ "$(cat "$out/settings.txt" 2>/dev/null || echo "$settings")" != "$settings" ]]; then
-    echo "error: $out holds a comparison with other settings (settings.txt): set another OUTPUT_DIR or remove it" >&2
-    exit 1
-fi
-echo "$settings" >"$out/settings.txt"
+own_folder OUTPUT_DIR "$out" settings.txt "$settings"
 
 run() { # run NAME MODEL FLAGS...
     local name="$1" start="$2"

@@ -1,27 +1,29 @@
 #!/usr/bin/env bash
 # The whole repository on one small machine, no GPU, no hub: makes a virtual environment, a tiny GPT-2 and a tiny data
 # set, trains, quantizes, evaluates, and ends with a table and a plot.  bash quickstart/run.sh
-# Everything lands in quickstart/work. What is done is not done again; --fresh starts over.
+# Everything lands in quickstart/work. What is done is not done again, a killed run resumes; --fresh starts over.
 # The numbers are those of a TINY STAND-IN on made-up text. They show that the code works and what bits do; they are
 # not GPT-2 on SQuAD.
-# Environment: VENV PYTHON (see tests/make_venv.sh), WORK (default quickstart/work), SEED (default 42)
+# Environment: VENV PYTHON (see tests/make_venv.sh), WORK (default quickstart/work; a new folder), SEED (default 42)
 set -euo pipefail
-root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
-work="${WORK:-$root/quickstart/work}"
-[[ "$work" == /* ]] || work="$PWD/$work"
+root="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$root/base_model/common.sh"
 seed="${SEED:-42}"
-case "${1:-}" in
-    "") ;;
-    --fresh) rm -rf -- "$work" ;;
-    *) echo "usage: bash quickstart/run.sh [--fresh]" >&2; exit 2 ;;
-esac
+if [[ "$*" != "" && "$*" != --fresh ]]; then
+    echo "usage: bash quickstart/run.sh [--fresh]" >&2
+    exit 2
+fi
+own_folder WORK "${WORK:-$root/quickstart/work}" .quickstart
+work="$folder"
+if [[ "$*" == --fresh ]]; then # only what this script and seeds.sh make
+    rm -rf -- "$work"/{data,model,topics,runs,records,code,quickstart.md,quickstart.png,seeds,seeds.json}
+fi
 
 venv="$(bash "$root/tests/make_venv.sh")"
 export PATH="$venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 cd "$root"  # records show commands and paths relative to here
 
 # Results of other code are not this code's results.
-mkdir -p "$work"
 code="$(cat quickstart/*.py quickstart/run.sh quickstart/*.json {base_model,switch_precision,cpt,adv_attack}/{*.py,*.sh,models/*.{py,c}} | sha256sum | cut -d ' ' -f 1)-$seed"
 if [[ "$(cat "$work/code" 2>/dev/null || true)" != "$code" ]]; then
     rm -rf -- "$work/runs" "$work/records"
@@ -29,8 +31,8 @@ if [[ "$(cat "$work/code" 2>/dev/null || true)" != "$code" ]]; then
 fi
 mkdir -p "$work/runs" "$work/records"
 
-python quickstart/make_data.py --output_dir "$work/data"
-python quickstart/make_model.py --data_dir "$work/data" --output_dir "$work/model"
+python3 quickstart/make_data.py --output_dir "$work/data"
+python3 quickstart/make_model.py --data_dir "$work/data" --output_dir "$work/model"
 
 export TRAIN_FILE="$work/data/train.json" VALIDATION_FILE="$work/data/dev.json" NPROC_PER_NODE=1
 common=(--seed "$seed" --max_seq_length 256 --per_device_eval_batch_size 64 --report_to none)
@@ -60,7 +62,7 @@ joint="$work/runs/switch_train"
 run switch_train switch_precision/train.sh "$work/model" "${training[@]}" --bit_widths 4 8
 on_training_questions=(--measure_split train --train_file "$TRAIN_FILE" --max_train_samples 300)
 run sensitivity switch_precision/sweep.sh "$joint" "${on_training_questions[@]}"
-done_already search || python switch_precision/search.py "${common[@]}" --model_name_or_path "$joint" \
+done_already search || python3 switch_precision/search.py "${common[@]}" --model_name_or_path "$joint" \
     --validation_file "$VALIDATION_FILE" "${on_training_questions[@]}" \
     --sensitivity_file "$work/records/sensitivity.json" --average_bits 6 --num_random 3 --pareto --pareto_points 4 \
     --output "$work/runs/found_6bits.json" --output_dir "$work/runs/search" --record_file "$work/records/search.json"
@@ -73,7 +75,7 @@ run cpt_train cpt/train.sh "$work/model" "${training[@]}" --num_cyclic_period 16
 run cpt_eval cpt/eval.sh "$work/runs/cpt_train" --eval_bit_widths 8 7 6 5 4
 
 # adv_attack: a topic classifier, attacked at several precisions; does a random precision at inference protect it?
-python quickstart/make_topics.py --output_dir "$work/topics"
+python3 quickstart/make_topics.py --output_dir "$work/topics"
 topics=(--train_file "$work/topics/train.jsonl" --validation_file "$work/topics/test.jsonl")
 classifier="$work/runs/topic_lora"
 done_already topic_lora || MODEL="$work/model" OUTPUT_DIR="$classifier" bash adv_attack/train.sh "${topics[@]}" \
@@ -86,11 +88,11 @@ for bits in 32 8 4 random eot; do
         --kappa 3 --gumbel_batch 2 --gumbel_samples 10 --seed "$seed" --record_file "$work/records/attack_$bits.json"
     attacks+=("$work/runs/attack_$bits")
 done
-done_already attack_eval || python adv_attack/eval.py --model_name_or_path "$classifier" \
+done_already attack_eval || python3 adv_attack/eval.py --model_name_or_path "$classifier" \
     --attack_dirs "${attacks[@]}" --output_dir "$work/runs/attack_eval" --record_file "$work/records/attack_eval.json"
-done_already attack_rpi || python adv_attack/random_precision_inference.py --model_name_or_path "$classifier" \
+done_already attack_rpi || python3 adv_attack/random_precision_inference.py --model_name_or_path "$classifier" \
     --attack_dirs "${attacks[@]}" --precision_set 4 8 --bitsandbytes 8bit nf4 --seed "$seed" \
     --output_dir "$work/runs/attack_rpi" --record_file "$work/records/attack_rpi.json"
 
-python quickstart/report.py --records "$work/records" --output_dir "$work"
+python3 quickstart/report.py --records "$work/records" --output_dir "$work"
 echo "plot of the search: $work/runs/search/pareto.png"

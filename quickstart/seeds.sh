@@ -7,9 +7,12 @@
 # forward passes (those of teachers count). ptq: LoRA trained in float32 for 600 steps, quantized afterwards.
 # Environment: VENV PYTHON (see tests/make_venv.sh), WORK (default quickstart/work), SEEDS (default "42 43 44")
 set -euo pipefail
-root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+root="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$root/base_model/common.sh"
 work="${WORK:-$root/quickstart/work}"
-[[ "$work" == /* ]] || work="$PWD/$work"
+if [[ ! -f "$work/model/manifest.json" ]]; then refuse "WORK=$work: run bash quickstart/run.sh first"; fi
+own_folder WORK "$work" .quickstart
+work="$folder"
 venv="$(bash "$root/tests/make_venv.sh")"
 export PATH="$venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TRAIN_FILE="$work/data/train.json" VALIDATION_FILE="$work/data/dev.json" NPROC_PER_NODE=1
@@ -30,7 +33,7 @@ search() { # search SEED: 6 bits on average, chosen on training questions, besid
     local joint="$work/runs/seeds/joint_$1" on_training=(--measure_split train --max_train_samples 300)
     run "sensitivity_$1" switch_precision/sweep.sh "$joint" --seed "$1" --train_file "$TRAIN_FILE" "${on_training[@]}"
     if [[ -e "$work/seeds/search_$1.json" ]]; then return; fi
-    python switch_precision/search.py --model_name_or_path "$joint" --seed "$1" "${common[@]}" "${on_training[@]}" \
+    python3 switch_precision/search.py --model_name_or_path "$joint" --seed "$1" "${common[@]}" "${on_training[@]}" \
         --train_file "$TRAIN_FILE" --validation_file "$VALIDATION_FILE" --average_bits 6 --num_random 20 \
         --sensitivity_file "$work/seeds/sensitivity_$1.json" --output_dir "$work/runs/seeds/search_$1" \
         --record_file "$work/seeds/search_$1.json"
@@ -47,4 +50,4 @@ for seed in "${seeds[@]}"; do
     done
     search "$seed"
 done
-python quickstart/seeds.py --records "$work/seeds" --seeds "${seeds[@]}" --output "$work/seeds.json"
+python3 quickstart/seeds.py --records "$work/seeds" --seeds "${seeds[@]}" --output "$work/seeds.json"

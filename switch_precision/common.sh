@@ -55,13 +55,33 @@ bit_config_flag() {
     fi
 }
 
+# own_folder VARIABLE FOLDER MARKER [SETTINGS]: make FOLDER, which VARIABLE names, or take one that an earlier call made
+# for the same SETTINGS: it has the file MARKER. Other folders with content are refused. `folder` is its full path, and
+# it is locked until this script and what it started have ended.
+own_folder() {
+    if [[ (-e "$2" || -L "$2") && ! -d "$2" ]]; then refuse "$1=$2: not a folder"; fi
+    if [[ -d "$2" && ! -f "$2/$3" && -n "$(ls -A -- "$2")" ]]; then
+        refuse "$1=$2 has content that is not of this script: set $1 to a new folder"
+    fi
+    mkdir -p -- "$2"
+    folder="$(CDPATH= cd -- "$2" && pwd -P)"
+    if [[ "$folder" == / || "$folder" == "$(cd ~ && pwd -P)" ]]; then refuse "$1=$2: set $1 to a new folder"; fi
+    exec 9>>"$folder/$3"
+    if command -v flock >/dev/null && ! flock --nonblock 9; then refuse "another run is at work in $1=$2"; fi
+    if [[ -s "$folder/$3" && "$(cat "$folder/$3")" != "${4:-}" ]]; then
+        refuse "$1=$2 holds results of other settings ($3): set another $1 or remove it"
+    fi
+    if [[ ! -s "$folder/$3" ]]; then printf '%s' "${4:-}" >&9; fi
+}
+
 # check_python: one message where python3 is not the one that has the requirements.
 check_python() {
     python3 -c '
-import importlib.util
 import sys
 
 sys.path = [path for path in sys.path if path]  # not the current folder
+import importlib.util
+
 if sys.version_info < (3, 11):
     sys.exit(f"error: {sys.executable} is Python {sys.version.split()[0]}: 3.11 or newer is needed")
 missing = [name for name in ("torch", "transformers", "datasets", "accelerate") if not importlib.util.find_spec(name)]

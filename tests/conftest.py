@@ -2,6 +2,9 @@
 
 import atexit
 import contextlib
+import functools
+import hashlib
+import importlib
 import json
 import os
 import pathlib
@@ -43,6 +46,53 @@ def experiment(folder):
         sys.path.remove(str(ROOT / folder))
         take()
         sys.modules.update(before)
+
+
+class Parsed(Exception):
+    """Carries what a script's own parser read out of its main()."""
+
+
+@functools.cache
+def load_script(path):
+    """The module of a script of any folder; what it adds to sys.path and takes from there is gone afterwards."""
+    folder, _, name = path.rpartition("/")
+    before, places = dict(sys.modules), list(sys.path)
+    with experiment(folder):
+        script = importlib.import_module(name.removesuffix(".py"))
+    for name in sys.modules.keys() - before:
+        file = getattr(sys.modules[name], "__file__", None) or ""
+        if file.startswith(f"{ROOT}{os.sep}") and "site-packages" not in file:
+            del sys.modules[name]
+    sys.path[:] = places
+    return script
+
+
+def parse_flags(path, words, partial=False):
+    """Namespace of a script's flags, as the parser in its main() reads them; nothing else of the script runs.
+
+    partial: required flags may be missing.
+
+    Raises: AssertionError for flags that it does not have, SystemExit for values that it does not take.
+    """
+    import argparse
+
+    from transformers import HfArgumentParser
+
+    def read(parser, args=None, namespace=None, **ignored):
+        for action in parser._actions:
+            action.required &= not partial
+        found, unknown = argparse.ArgumentParser.parse_known_args(parser, args, namespace)
+        assert not unknown, f"{path} has no {' '.join(unknown)}"
+        raise Parsed(found)
+
+    script = load_script(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [path, *map(str, words)])
+        patch.setattr(argparse.ArgumentParser, "parse_args", read)
+        patch.setattr(HfArgumentParser, "parse_args_into_dataclasses", read)
+        with pytest.raises(Parsed) as caught:
+            script.main()
+    return caught.value.args[0]
 
 
 def tiny_squad(questions, seed):
@@ -105,6 +155,13 @@ def tiny_model(tmp_path_factory):
     return str(folder)
 
 
+def stamp_venv(folder):
+    """Let tests/make_venv.sh take a folder for a finished environment of this python."""
+    requirements = [(ROOT / name).read_bytes() for name in ("requirements.txt", "requirements-dev.txt")]
+    stamp = hashlib.sha256(b"\0".join([sys.version.encode(), *requirements])).hexdigest()
+    (folder / ".requirements-stamp").write_text(stamp)
+
+
 @pytest.fixture
 def python_stub(tmp_path):
     """(environment, calls): shell scripts run in `environment` call a python3 that only notes its arguments, without
@@ -116,7 +173,8 @@ def python_stub(tmp_path):
         f"""#!/usr/bin/env bash
 case "$*" in
     *device_count*) echo "${{STUB_GPUS:-0}}"; exit ;;
-    "-c "* | *cpt/compare.py*) exec "{sys.executable}" "$@" ;;
+    "-c "*) exec "{sys.executable}" "$@" ;;
+    *cpt/compare.py*) if [[ -z "${{STUB_ALL:-}}" ]]; then exec "{sys.executable}" "$@"; fi ;;
 esac
 if [[ "$3" == torch.distributed.run ]]; then shift 3; fi
 printf "%s\\0" "$@" $'\\n' >>"{tmp_path / "stub" / "calls"}"

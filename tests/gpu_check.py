@@ -1,10 +1,10 @@
 """Checks of a machine with one GPU in one call: tests on CUDA, trainings through torchrun, times at GPT-2 124M size.
 
-    bash tests/gpu_check.sh FOLDER [--dry_run]
+    bash tests/gpu_check.sh FOLDER --dry_run
 
 Every stage has a time limit of its own, and all of them together have --seconds. FOLDER/summary.json is written after
 every stage: {"device", "versions", "stages": {name: {"result", "seconds", "tail"}}, "ok"}; log.txt has all output.
-Without a GPU the same stages run on the CPU, with small sizes; what needs a GPU is skipped with its reason.
+Without a GPU, as with --dry_run, sizes are small; on a CPU what needs a GPU is skipped with its reason.
 """
 
 import argparse

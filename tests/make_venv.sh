@@ -4,11 +4,14 @@
 #              PYTHON  interpreter that makes it, default python3 (3.11 or newer)
 # Prints the folder; progress goes to stderr.
 set -euo pipefail
-root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+root="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${VENV:-$root/.venv}"
 [[ "$venv" == /* ]] || venv="$PWD/$venv"
 python="${PYTHON:-python3}"
 cd "$root"
+mkdir -p -- "$(dirname -- "$venv")"
+exec 9<"$(dirname -- "$venv")" # one at a time: a second call waits, and finds the finished environment
+if command -v flock >/dev/null; then flock 9; fi
 
 # The stamp is there from the start, so that an unfinished install is known as ours, and is valid only at the end.
 stamp="$venv/.requirements-stamp"
@@ -23,7 +26,7 @@ print(hashlib.sha256(b"\0".join(parts)).hexdigest())
 PY
 )"
 if [[ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]]; then
-    if [[ -e "$venv" && ! -e "$stamp" && -n "$(ls -A "$venv")" ]]; then
+    if [[ -e "$venv" && ! -f "$stamp" && (! -d "$venv" || -n "$(ls -A -- "$venv")") ]]; then
         echo "$venv was not made by this script; remove it or set VENV to another folder" >&2
         exit 1
     fi

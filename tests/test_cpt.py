@@ -603,6 +603,7 @@ def test_compare_script_repeats_nothing_and_mixes_nothing(runs, stub, tmp_path, 
     (joint / "config.json").write_text(json.dumps({"lora_bank": ["4", "8"]}))
     environment, calls = stub
     environment |= {"OUTPUT_DIR": str(runs), "SEEDS": "1 2", "JOINT": str(tmp_path / "joint SEED")}
+    (runs / "settings.txt").touch()  # the mark of compare.sh
     (runs / "joint_1").mkdir()
     (runs / "joint_1" / "record.json").write_text("{}")
     (tmp_path / "joint 1").mkdir()
@@ -618,7 +619,7 @@ def test_compare_script_repeats_nothing_and_mixes_nothing(runs, stub, tmp_path, 
     assert model_args.model_name_or_path == str(joint) and not training_args.do_train and training_args.do_eval
     assert cyclic.eval_bit_widths == [4, 8] and training_args.output_dir == str(runs / "joint_2")
     done = subprocess.run([*command, "--learning_rate", "1"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and "a comparison with other settings" in done.stderr
+    assert done.returncode == 2 and "holds results of other settings" in done.stderr
     assert len(calls()) == 2
 
 
