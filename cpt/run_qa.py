@@ -106,11 +106,12 @@ class CyclicArguments:
         aliases=["--eval_bit_width"],
     )
     precision_range_test: bool = option(
-        False, "no cycles: raise the width from 2 bits while training, report the lowest that learns, save no model"
+        False, "no cycles: train each width from 2 bits up from the same start, report the lowest that learns"
     )
     range_test_steps: int = option(100, "range test: optimizer steps a width (these replace --max_steps)")
-    range_test_window: int = option(25, "range test: steps whose accuracy is averaged at both ends of a width")
-    range_test_threshold: float = option(0.02, "range test: accuracy that a width must gain from one end to the other")
+    range_test_window: int = option(25, "range test: first batches and last steps whose accuracy is averaged")
+    range_test_threshold: float = option(0.02, "range test: accuracy that the highest width must gain, or no verdict")
+    range_test_share: float = option(0.6, "range test: the lowest width gains so much of what the highest one gains")
 
 
 # Copied from base_model/run_qa.py:DataTrainingArguments
@@ -180,6 +181,11 @@ def check_args(cyclic_args, training_args):
             raise UserError(
                 f"--range_test_window {cyclic_args.range_test_window}: allowed are 2 to half of --range_test_steps "
                 f"{cyclic_args.range_test_steps}"
+            )
+        if not 0 < cyclic_args.range_test_share <= 1 or not cyclic_args.range_test_threshold >= 0:
+            raise UserError(
+                f"--range_test_share {cyclic_args.range_test_share}, --range_test_threshold "
+                f"{cyclic_args.range_test_threshold}: allowed are above 0 up to 1, and 0 or more"
             )
         if widths[1] in FLOAT_BITS:
             raise UserError(
@@ -423,10 +429,10 @@ def plain_errors():
 
 
 def make_schedule(cyclic_args, steps):
-    """[bits] of all optimizer steps."""
-    if cyclic_args.precision_range_test:
-        return [precision_range_test.range_test_bit_width(t, cyclic_args.range_test_steps) for t in range(steps)]
+    """[bits] of all optimizer steps; `steps`: --max_steps."""
     cycles, (low, high) = cyclic_args.num_cyclic_period, cyclic_args.bit_widths
+    if cyclic_args.precision_range_test:  # so many steps for each width
+        return [bits for bits in range(low, high + 1) for _ in range(steps)]
     return [cyclic_bit_width(t, steps, cycles, low, high, cyclic_args.period) for t in range(steps)]
 
 
@@ -450,19 +456,20 @@ def describe_training(schedule, cyclic_args, training_args):
 
 
 def run_range_test(trainer, cyclic_args, training_args):
-    """Train through the widths and report; returns the metrics of the record."""
-    result = trainer.train()
+    """Train the widths and report; returns the metrics of the record."""
+    starts, accuracies, seconds = trainer.train_widths(cyclic_args.range_test_window)
     min_bits, lines = precision_range_test.report(
-        trainer.accuracies(),
-        cyclic_args.range_test_steps,
+        starts,
+        accuracies,
         cyclic_args.range_test_window,
         cyclic_args.range_test_threshold,
+        cyclic_args.range_test_share,
         training_args.output_dir,
         write=trainer.is_world_process_zero(),
     )
     if trainer.is_world_process_zero():
         print("\n".join(lines), flush=True)
-    return result.metrics | {"min_bits": min_bits}
+    return {"train_runtime": seconds, "min_bits": min_bits}
 
 
 def main():
