@@ -30,9 +30,9 @@ def load_attacks(folders, model_sha256, samples):
             raise FileNotFoundError(f"{path}: no such file; the attack is not finished or was never run (attack.sh)")
         try:
             attack = read_json(path)
-        except UserError as error:
-            raise UserError(f"{path}: damaged ({error}); run the attack again") from None
-        settings = attack["settings"]
+            settings, _ = attack["settings"], attack["texts"]
+        except (UserError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: damaged ({error!r}); run the attack again") from None
         name = attack_name(settings)
         if name in attacks:
             raise UserError(f"{folder}: a second attack at {name}; give one a precision")

@@ -740,7 +740,7 @@ def test_range_test_counts_on_all_processes(argv, tmp_path):
         (("--precision_range_test", "--range_test_window", 51), "2 to half of --range_test_steps 100"),
         (("--precision_range_test", "--bit_widths", 32, 32), "32 is no such width"),
         (("--precision_range_test", "--resume_from_checkpoint", "x"), "no --resume_from_checkpoint"),
-        (("--lora_r", 0), "r = 0"),
+        (("--lora_r", 0), "--lora_r 0: must be a number above 0"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
