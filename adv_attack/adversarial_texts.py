@@ -33,9 +33,9 @@ def load_attacks(folders, model, tokenizer, samples):
             raise FileNotFoundError(f"{path}: no such file; the attack is not finished or was never run (attack.sh)")
         try:
             attack = load_state(path)
-        except UserError as error:
-            raise UserError(f"{error}; run the attack again") from None
-        settings = attack["settings"]
+            settings, _ = attack["settings"], attack["texts"]
+        except (UserError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: damaged ({error}); run the attack again") from None
         name = attack_name(settings)
         if name in attacks:
             raise UserError(f"{folder}: a second attack at {name}; give one a precision")

@@ -212,8 +212,9 @@ def build_model(model_args, training, tokenizer):
         with model.bit_config(bits) as resolved:
             widths = sorted({layer["w_bits"] for layer in resolved.values()})
         model.add_lora(widths, model_args.lora_r, model_args.lora_alpha)
-        model.set_bit_config(bits)
-        model.config.trained_bit_configs = ["checkpoint"]  # one assignment, whatever widths its bank has
+        name = short_name(model.set_bit_config(bits))
+        # one assignment, whatever widths its bank has: what run_qa_eval.py evaluates when it is not told
+        model.config.trained_bit_configs = ["checkpoint" if name == "mixed" else name]
     elif model_args.add_lora and not model.config.lora_bank:
         model.add_lora(["shared"], model_args.lora_r, model_args.lora_alpha)
     if model.config.lora_bank and not model.config.base_model_name_or_path:

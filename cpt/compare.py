@@ -4,11 +4,12 @@ python compare.py --runs results/compare --seeds 42 43 44
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from cyclic_precision_trainer import training_cost
+from models.errors import UserError
+from models.user_input import read_json
 from record import relative_path, write_json_atomic
 
 LABELS = {
@@ -23,9 +24,11 @@ METRICS = {"exact_match": "EM", "f1": "F1"}
 def load(path):
     """JSON of a file that an earlier step must have left."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return read_json(path)
     except FileNotFoundError:
         sys.exit(f"error: {path} is not there: let compare.sh finish, and pass the seeds that it ran")
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 def check_comparable(records):

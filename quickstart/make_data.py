@@ -223,11 +223,11 @@ def sha256(data: bytes) -> str:
 def is_up_to_date(folder: Path, arguments: dict) -> bool:
     """Whether the manifest in `folder` has these arguments and the files have its checksums."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8-sig"))
         return manifest["arguments"] == arguments and all(
             sha256((folder / name).read_bytes()) == checksum for name, checksum in manifest["files"].items()
         )
-    except (FileNotFoundError, KeyError, json.JSONDecodeError):
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
         return False
 
 

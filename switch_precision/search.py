@@ -160,6 +160,11 @@ def main():
         budgets |= {f"found_{value:.2f}": ("average_bits", float(value)) for value in grid[1:-1]}
     for budget in budgets.values():
         problem.budget(*budget)
+    if taken := [name for name in problem.names if name in budgets or name.startswith("random")]:
+        raise UserError(
+            f"--sensitivity_file {args.sensitivity_file}: {', '.join(taken)} is what the search calls its own; sweep "
+            "files of other names"
+        )
 
     measure = None
     if args.refine_rounds:

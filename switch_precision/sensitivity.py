@@ -184,8 +184,6 @@ def main():
     setup_logging(training_args)
     if training_args.world_size > 1:
         raise UserError(f"the sweep is one process, not {training_args.world_size}: --nproc_per_node=1")
-    if model_args.chunk_batches < 1 or model_args.num_gradient_batches < 0 or model_args.num_bootstrap < 0:
-        raise UserError("--chunk_batches must be 1 or more, --num_gradient_batches and --num_bootstrap 0 or more")
     set_seed(training_args.seed)
     tokenizer = load_tokenizer(model_args)
     model = load_model(model_args, tokenizer).to(training_args.device)

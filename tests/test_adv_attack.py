@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -435,6 +436,15 @@ def test_training_refuses(tiny_model, text_files, tmp_path, flags, message):
         ("a.jsonl", "\n", r"a.jsonl: no rows in it"),
         ("a.csv", "text,class\nx,0\n", r'a.csv, line 2: no "label"; found text, class'),
         ("a.csv", "text,label\nx,positive\n", r'"label" = "positive": allowed are the integers'),
+        ("a.jsonl", '{"text": "a\\ud800", "label": 0}\n', r'line 1: "text" = "a.ud800": allowed is a text'),
+        ("a.jsonl", '{"text": ' + "[" * 100_000 + "\n", r"line 1: not valid JSON .nested too deeply"),
+        ("a.jsonl", '{"text": "x", "label": ' + "9" * 5000 + "}\n", r"line 1: not valid JSON"),
+        ("a.jsonl", '{"text": "x", "label": ' + "[" * 900 + "]" * 900 + "}\n", r'"label" = \[\[.*\.\.\.: allowed'),
+        ("a.jsonl", '{"text": "x", "label": 0, "label": 1}\n', r'line 1: duplicate key "label"'),
+        ("a.jsonl", '{"text": "x", "label": NaN}\n', r'"label" = NaN: allowed are the integers'),
+        ("a.csv", "text,label\nx,٤\n", r'"label" = ".*": allowed are the integers'),
+        ("a.csv", "text,label\nx," + "9" * 5000 + "\n", r'"label" = "9+\.\.\.: allowed are the integers'),
+        ("a.csv", "label,text\n1,hello, world\n", r'line 2: more fields than the header names, from " world" on'),
         ("a.txt", "x", r"a.txt: allowed are .jsonl, .json, .csv"),
     ],
 )
@@ -455,7 +465,38 @@ def test_csv_and_json_lines_give_the_same_rows(tmp_path):
     assert text_data.read_text_file(str(tmp_path / "a.jsonl")) == rows
 
 
+def test_byte_order_mark_is_no_part_of_the_data(tmp_path):
+    for name, content in (("a.jsonl", '{"text": "x", "label": 0}\n'), ("a.csv", "text,label\nx,0\n")):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert text_data.read_text_file(str(tmp_path / name)) == [{"text": "x", "label": 0}]
+
+
+def test_hub_texts_pass_the_checks_of_files(tmp_path):
+    def load(rows, features=None):
+        shutil.rmtree(tmp_path / "hub", ignore_errors=True)
+        make = datasets.Dataset.from_dict if isinstance(rows, dict) else datasets.Dataset.from_list
+        make(rows, features=features).to_parquet(tmp_path / "hub" / "train.parquet")
+        options = {"files": {}, "splits": ["train"], "cache_dir": str(tmp_path / "cache")}
+        return text_data.load_texts(dataset_name=str(tmp_path / "hub"), **options)["train"]
+
+    classes = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = [{"text": "x", "label": 1}, {"text": "y", "label": 0}]
+    assert load(rows, classes) == rows == load(rows)
+    for bad, message in (
+        ({"text": " ", "label": 0}, r'train row 2: "text" = " "'),
+        ({"text": "x", "label": -1}, r'train row 2: "label" = -1'),
+        ({"text": None, "label": 0}, r'train row 2: no "text"'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load([*rows, bad])
+    with pytest.raises(ValueError, match="no rows in it"):
+        load({"text": [], "label": []})
+
+
 def test_labels_must_be_complete_and_known():
+    for label in (2, 10**9, 10**30):
+        with pytest.raises(ValueError, match="the labels must be 0 to K-1"):
+            text_data.number_of_classes([{"label": 0}, {"label": 1}, {"label": label + 1}], "train.jsonl")
     with pytest.raises(ValueError, match="labels .0, 2.: the labels must be 0 to K-1"):
         text_data.number_of_classes([{"label": 0}, {"label": 2}], "train.jsonl")
     with pytest.raises(ValueError, match="test.jsonl, row 2: label 2: the classifier has 0 to 1"):

@@ -19,6 +19,7 @@ with experiment("switch_precision"):
     import perplexity
     import run_clm
     from models.modeling_gpt2_quant import QuantGPT2LMHeadModel
+    from perplexity import read_tokens
     from run_qa import plain_errors
 
 TRAIN = ["--block_size", "32", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--max_steps", "4"]
@@ -54,6 +55,19 @@ def read_json(path):
 
 
 # ---- perplexity
+
+
+def test_byte_order_mark_is_no_part_of_a_text(tiny_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    found = []
+    for name, encoding in (("plain", "utf-8"), ("marked", "utf-8-sig")):
+        (tmp_path / name).write_text("Ada has the kite. " * 9, encoding=encoding)
+        arguments = generate.GenerationArguments(prompt_file=str(tmp_path / name))
+        found.append((read_tokens(tmp_path / name, tokenizer, 2).tolist(), generate.read_prompts(arguments)))
+    assert found[0] == found[1]
+    (tmp_path / "utf16").write_text("Ada", encoding="utf-16")
+    with pytest.raises(ValueError, match="utf16: not UTF-8 text"):
+        read_tokens(tmp_path / "utf16", tokenizer, 2)
 
 
 @pytest.mark.parametrize(

@@ -784,7 +784,7 @@ def test_range_test_counts_on_all_processes(argv, tmp_path):
         (("--precision_range_test", "--range_test_share", 1.5), "allowed are above 0 up to 1"),
         (("--precision_range_test", "--bit_widths", 32, 32), "32 is no such width"),
         (("--precision_range_test", "--resume_from_checkpoint", "x"), "no --resume_from_checkpoint"),
-        (("--lora_r", 0), "r = 0"),
+        (("--lora_r", 0), "--lora_r 0: must be a number above 0"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )

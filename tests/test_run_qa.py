@@ -17,6 +17,8 @@ from transformers import AutoTokenizer
 
 import resuming
 import run_qa
+import run_qa_eval
+import squad_data
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
 from record import load_state, write_state
 
@@ -269,6 +271,42 @@ def test_training_on_integers_learns_the_same_and_says_so(run, tmp_path):
     assert integer["train_loss"] == pytest.approx(fake["train_loss"], rel=1e-2) and integer["train_loss"] > 0
     settings = json.loads((tmp_path / "integer" / "run_settings.json").read_text())
     assert settings["execution"] == "integer" and settings["backward_dtype"] == "bf16"
+
+
+def test_a_width_as_text_is_a_config_in_training_and_evaluation(run, tiny_model):
+    record = run("--bit_config", "8")
+    assert record["bit_config"]["name"] == "W8A8KV8" and record["bit_config"]["lora_bank"] == ["8"]
+    ptq = run("--bit_config", "4", out="ptq", train=False, model=tiny_model)
+    assert ptq["bit_config"]["name"] == "W4A4KV4"
+
+
+def test_an_empty_config_is_not_full_precision(run):
+    with pytest.raises(FileNotFoundError, match='"": no such bit-width config'):
+        run("--bit_config", "", train=False)
+
+
+@pytest.mark.parametrize(
+    "flags", [("--bit_config", str(ROOT / "configs" / "attn8_mlp4.json")), ("--bit_widths", "4"), ()]
+)
+def test_published_evaluation_command_from_base_model(flags, run, squad_files, tmp_path, monkeypatch):
+    """It evaluates what was trained, and the scores are those of run_qa.py."""
+    trained = run(*flags)["metrics"]
+    folder = tmp_path / "squad"  # stands for the hub's data set
+    folder.mkdir()
+    rows = squad_data.load_squad_json(squad_files[1])
+    (folder / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    published = (
+        f"--model_name_or_path {tmp_path / 'out'} --dataset_name {folder} --do_eval --per_device_eval_batch_size 32 "
+        f"--seed 42 --max_seq_length 786 --output_dir {tmp_path / 'eval'} --overwrite_output_dir"
+    )
+    words = [*published.split(), "--doc_stride", "16", "--use_cpu", "--disable_tqdm", "True"]
+    monkeypatch.setattr(sys, "argv", ["run_qa_eval.py", *words])
+    run_qa_eval.main()
+    (row,) = json.loads((tmp_path / "eval" / "record.json").read_text())["rows"]
+    assert (
+        row["config"] == {"--bit_config": "checkpoint", "--bit_widths": "W4A4KV4", "": "checkpoint"}[(*flags, "")[0]]
+    )
+    assert (row["exact_match"], row["f1"]) == (trained["eval_exact_match"], trained["eval_f1"])
 
 
 def test_nothing_to_do(run, monkeypatch, tmp_path):

@@ -112,7 +112,7 @@ def test_execution_on_integers_is_the_default_and_gives_the_answers_of_fake_quan
     del products[:]
     assert rows_of(run(run_qa_eval, "--bit_configs", "8", "W4A8KV8", "--execution", "fake", out="fake")) == integer
     assert not products
-    with pytest.raises(ValueError, match="execution = 'int4': allowed are integer, fake"):
+    with pytest.raises(ValueError, match="--execution int4: allowed are integer, fake"):
         run(run_qa_eval, "--execution", "int4", out="refused")
 
 
@@ -525,7 +525,7 @@ def test_killed_sweep_goes_on(run, bank, squad_files, tmp_path):
         (("--low_bits", "8"), "allowed are configs other than"),
         (("--low_bits", "5", "nothing.json"), r"(?s)w_bits = 5.*nothing\.json"),
         (("--measure_split", "test"), "allowed are validation, train"),
-        (("--chunk_batches", "0"), "--chunk_batches must be 1 or more"),
+        (("--chunk_batches", "0"), "--chunk_batches 0: must be a number above 0"),
     ],
 )
 def test_sweep_refusals(flags, message, run, tmp_path):
@@ -742,6 +742,29 @@ def test_sensitivity_file_of_another_checkpoint_or_kind_is_refused(run, swept, t
     (tmp_path / "x.json").write_text('{"flips": 1}')
     with pytest.raises(ValueError, match=r"x\.json: not a record of sensitivity\.py"):
         run(search, "--sensitivity_file", str(tmp_path / "x.json"), "--average_bits", "6")
+
+
+def test_byte_order_mark_of_a_sensitivity_file_and_names_of_the_search(run, swept, tmp_path):
+    content = json.loads(pathlib.Path(swept).read_text())
+    (tmp_path / "marked.json").write_text(json.dumps(content), encoding="utf-8-sig")
+    assert assignment.read_sensitivity(tmp_path / "marked.json", content["identity"]["model_sha256"]) == content
+    low = content["identity"]["low_bits"]
+    name = next(iter(low))
+    content["identity"]["low_bits"] = {"found" if key == name else key: bits for key, bits in low.items()}
+    content["flips"] = {key.replace(f"{name}: ", "found: "): flip for key, flip in content["flips"].items()}
+    (tmp_path / "named.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="found is what the search calls its own"):
+        run(search, "--sensitivity_file", str(tmp_path / "named.json"), "--average_bits", "6")
+
+
+def test_long_and_replaced_names_of_configs(run, tmp_path):
+    names = ["x" * 230 + ".json", "a b.json", "a_b.json", "A_b.json"]
+    for bits, name in enumerate(names, 5):
+        (tmp_path / name).write_text(
+            json.dumps({"default": {"w_bits": 8, "a_bits": min(bits, 8), "kv_bits": bits - 2}})
+        )
+    folder = run(run_qa_eval, "--bit_configs", *(str(tmp_path / name) for name in names))
+    assert len(rows_of(folder)) == len(names) == len(list(folder.glob("*/eval_predictions.json")))
 
 
 # ---- command line
