@@ -225,7 +225,7 @@ class PiecewiseMLP(nn.Module):
     def forward(self, x):
         """x: (batch, seq, hidden) -> the same shape."""
         # A weight that can train is quantized in every call: once for all tokens, not once a piece.
-        if torch.is_grad_enabled() or x.is_cuda or getattr(self.c_fc.weight, "requires_grad", False):
+        if torch.is_grad_enabled() or x.is_cuda or any(p.requires_grad for p in self.c_fc.parameters(recurse=False)):
             return self._forward(x)
         return torch.cat([self._forward(piece) for piece in x.flatten(0, -2).split(ROWS)]).view(x.shape)
 
