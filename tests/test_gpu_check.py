@@ -1,4 +1,4 @@
-"""gpu_check.py: stages with limits, a summary after every stage, an exit status; the whole path without a GPU is slow."""
+"""gpu_check.py: stages with limits, a summary after each, an exit status; the whole path on a CPU is slow."""
 
 import json
 import os
