@@ -3,7 +3,6 @@
 Every text is tokenized again before it is classified or measured: scores on the sampled ids would overstate success.
 """
 
-import json
 import logging
 import os
 
@@ -11,41 +10,67 @@ import numpy as np
 import torch
 
 import gbda
+from attack_setup import model_checksum, tokenizer_checksum
 from classifier import accuracy_row, encode, hidden_states, pad_right, predict
 from models.errors import UserError
+from record import differences, load_state
+from text_data import check_labels
 from whitebox_attack import RESULT_FILE
 
 logger = logging.getLogger("adversarial_texts")
 
 
-def load_attacks(folders, model_sha256, samples):
-    """{name: attack} of output folders of whitebox_attack.py; all must have attacked the same texts.
+def load_attacks(folders, model, tokenizer, samples):
+    """{name: attack} of output folders of whitebox_attack.py; all must have attacked the same texts and labels, with
+    the tokens of this tokenizer and within the classes of this model.
 
     The name is the attacked precision. Raises ValueError or FileNotFoundError naming the folder.
     """
-    attacks = {}
+    attacks, checksums = {}, (model_checksum(model), tokenizer_checksum(tokenizer))
     for folder in folders:
         path = os.path.join(folder, RESULT_FILE)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path}: no such file; the attack is not finished or was never run (attack.sh)")
-        with open(path, encoding="utf-8") as file:
-            try:
-                attack = json.load(file)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}: damaged ({error}); run the attack again") from None
-        settings = attack["settings"]
+        try:
+            attack = load_state(path)
+            settings, _ = attack["settings"], attack["texts"]
+        except (UserError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: damaged ({error}); run the attack again") from None
         name = attack_name(settings)
         if name in attacks:
             raise UserError(f"{folder}: a second attack at {name}; give one a precision")
         first = next(iter(attacks.values()), attack)
-        if [text["index"] for text in attack["texts"]] != [text["index"] for text in first["texts"]]:
-            raise UserError(f"{folder}: attacked other texts than {folders[0]} (--num_samples, --start_index)")
+        if attacked_texts(attack) != attacked_texts(first):
+            raise UserError(
+                f"{folder}: attacked other texts or labels than {folders[0]} (--num_samples, --start_index, the data, "
+                "--max_seq_length)"
+            )
+        if settings["tokenizer_sha256"] != checksums[1]:
+            raise UserError(
+                f"{folder}: attacked the tokens of a tokenizer with checksum {settings['tokenizer_sha256'][:16]}..., "
+                f"this one has {checksums[1][:16]}... (--tokenizer_name)"
+            )
+        check_labels(attack["texts"], model.config.num_labels, path)
         if settings["gumbel_samples"] < (samples or 1):
             raise UserError(f"--best_of {samples}: {folder} holds {settings['gumbel_samples']} samples a text")
-        if settings["model_sha256"] != model_sha256:
+        if settings["model_sha256"] != checksums[0]:
             logger.warning("%s attacked another classifier: its rows are transfer between models", folder)
         attacks[name] = attack
     return attacks
+
+
+def attacked_texts(attack):
+    """What the texts of an attack are, and how they were cut."""
+    texts = [(text["index"], text["text"], text["label"], text["tokens"]) for text in attack["texts"]]
+    return attack["settings"]["max_seq_length"], texts
+
+
+def check_bits(name, attack, configs):
+    """Refuse a config with the name and the layers of an attacked one and other bits: its file was edited."""
+    for config, attacked in attack["settings"]["precisions"].items():
+        now = configs.get(config, attacked)
+        if now.keys() == attacked.keys() and (changed := differences(attacked, now)):
+            raise UserError(f"attack {name}: {config} has other bits than when it was attacked ({changed[0]})")
 
 
 def attack_name(settings):

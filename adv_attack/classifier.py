@@ -3,7 +3,7 @@
 import torch
 from scipy.stats import binomtest
 
-from record import file_checksum, relative_path
+from record import file_checksum, json_checksum, relative_path
 from text_data import load_texts
 
 
@@ -25,7 +25,7 @@ def load_rows(data_args, splits, model_args):
         split: {
             "source": relative_path(files[split]) if files[split] else data_args.dataset_name,
             "examples": len(texts),
-            "sha256": file_checksum(files[split]) if files[split] else None,
+            "sha256": file_checksum(files[split]) if files[split] else json_checksum(texts),
         }
         for split, texts in rows.items()
     }

@@ -15,18 +15,16 @@ import os
 import time
 import types
 
-from adversarial_texts import accuracies, correct_table, load_attacks, text_quality
+from adversarial_texts import accuracies, check_bits, correct_table, load_attacks, text_quality
 from attack_setup import (
     ClassifierArguments,
     load_classifier,
     load_reference,
     markdown_table,
-    model_checksum,
     resolve_configs,
-    write_text_atomic,
 )
 from models.errors import UserError
-from record import relative_path, run_record, write_json_atomic
+from record import relative_path, run_record, write_json_atomic, write_text_atomic
 from text_classification import load_tokenizer, option, parse_args, plain_errors, setup_logging
 
 CAPTION = (
@@ -103,7 +101,7 @@ def main():
     tokenizer = load_tokenizer(model_args)
     model = load_classifier(model_args, tokenizer)
     reference_name, reference = load_reference(model_args, model)
-    attacks = load_attacks(args.attack_dirs, model_checksum(model), args.best_of)
+    attacks = load_attacks(args.attack_dirs, model, tokenizer, args.best_of)
     samples = args.best_of or min(attack["settings"]["gumbel_samples"] for attack in attacks.values())
     rows, cache = [], {}
     for name, attack in attacks.items():
@@ -111,6 +109,7 @@ def main():
         several = settings["attack_bits"] in ("random", "eot")
         asked = args.eval_bits or (settings["precision_set"] if several else [settings["attack_bits"]])
         configs = resolve_configs(model, asked)
+        check_bits(name, attack, configs)
         rows += evaluate_attack(name, attack, configs, model, reference, tokenizer, samples, cache)
     lines = table_lines(rows, samples, relative_path(reference_name))
     print("\n".join(lines), flush=True)

@@ -22,20 +22,18 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from adversarial_texts import correct_table, load_attacks
+from adversarial_texts import check_bits, correct_table, load_attacks
 from attack_setup import (
     ClassifierArguments,
     load_classifier,
     markdown_table,
     mcnemar,
-    model_checksum,
     resolve_configs,
-    write_text_atomic,
 )
 from classifier import accuracy_row
 from models.bitsandbytes_ptq import LABELS, METHODS, quantize_with_bitsandbytes
 from models.errors import UserError
-from record import relative_path, run_record, write_json_atomic
+from record import atomic_path, relative_path, run_record, write_json_atomic, write_text_atomic
 from text_classification import load_tokenizer, option, parse_args, plain_errors, setup_logging
 
 CLEAN, INITIAL = "no attack", "initial Theta"
@@ -187,10 +185,9 @@ def draw_matrix(matrices, rpi, path):
             colour = "white" if value < 60 else "black"
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
     figure.colorbar(image, ax=panels, label="accuracy (%)")
-    temporary = f"{path}.tmp.png"
-    figure.savefig(temporary, dpi=130)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
     plt.close(figure)
-    os.replace(temporary, path)
 
 
 def matrix_lines(title, matrix, rpi, key):
@@ -244,7 +241,9 @@ def main():
     model = load_classifier(model_args, tokenizer)
     members = resolve_configs(model, args.precision_set)
     configs = resolve_configs(model, [*args.inference_bits, *args.precision_set])
-    attacks = load_attacks(args.attack_dirs, model_checksum(model), args.best_of)
+    attacks = load_attacks(args.attack_dirs, model, tokenizer, args.best_of)
+    for name, attack in attacks.items():
+        check_bits(name, attack, configs)
     samples = args.best_of or min(attack["settings"]["gumbel_samples"] for attack in attacks.values())
     columns = measure(model_args, tokenizer, model, attacks, configs, args, samples)
     matrices = {

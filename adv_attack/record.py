@@ -1,11 +1,15 @@
 # Copied from base_model/record.py
 """One JSON record a run: what was run, on what, and what came out. Tables and plots are made from these files."""
 
+import contextlib
+import glob
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
+import re
 import resource
 import shlex
 import subprocess
@@ -13,27 +17,94 @@ import sys
 
 import torch
 
+from models.errors import UserError
+from models.user_input import read_json
+
+logger = logging.getLogger("record")
+TOKEN_FLAGS = ("token", "hub_token", "push_to_hub_token")
+TOKEN = re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{20,}")
 PACKAGES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "bitsandbytes", "numpy")
 
 
-def write_json_atomic(path: str | os.PathLike, obj) -> None:
-    """Writes indented UTF-8 JSON through a temporary file beside `path`: nobody ever reads half a file.
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike):
+    """A temporary file name beside `path`, which takes its place when the body ends well: nobody reads half a file.
 
-    Raises: TypeError or ValueError (NaN) for what JSON cannot hold, OSError; a file at `path` then stays as it was.
+    File and folder are synced. What killed writers of the same path left behind is removed.
+    Raises: OSError and whatever the body raises; a file at `path` then stays as it was, and nothing is left beside it.
     """
     path = os.fspath(path)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    folder = os.path.dirname(path) or "."
+    os.makedirs(folder, exist_ok=True)
+    for leftover in glob.glob(f"{glob.escape(path)}.*.tmp"):
+        process = leftover[len(path) + 1 : -len(".tmp")]
+        if process.isdecimal() and not _is_running(int(process)):
+            _remove(leftover)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "w", encoding="utf-8") as handle:
-            json.dump(obj, handle, indent=2, ensure_ascii=False, allow_nan=False)
-            handle.write("\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+        yield temporary
+        _sync(temporary)
         os.replace(temporary, path)
     finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        _remove(temporary)
+    with contextlib.suppress(OSError):  # not every file system can sync a folder
+        _sync(folder)
+
+
+def write_text_atomic(path: str | os.PathLike, text: str) -> None:
+    """UTF-8 text through `atomic_path`."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def write_json_atomic(path: str | os.PathLike, obj) -> None:
+    """Indented UTF-8 JSON through `atomic_path`. Raises: TypeError or ValueError (NaN) for what JSON cannot hold."""
+    write_text_atomic(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_state(path: str | os.PathLike, obj: dict) -> None:
+    """`write_json_atomic` for what a later run goes on from: with a checksum of its content, under "sha256"."""
+    write_json_atomic(path, {"sha256": json_checksum(obj), **obj})
+
+
+def load_state(path: str | os.PathLike) -> dict:
+    """What `write_state` wrote, without the checksum. Raises: UserError naming a damaged file; OSError."""
+    try:
+        obj = read_json(path)
+        checksum = obj.pop("sha256", None)
+    except (UserError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error})") from None
+    if checksum != json_checksum(obj):
+        raise UserError(f"{path}: damaged (its content and its checksum do not agree) or of an older version")
+    return obj
+
+
+def read_state(path: str | os.PathLike) -> dict | None:
+    """What `write_state` wrote; None without the file, and for a damaged one, which a warning names."""
+    try:
+        return load_state(path)
+    except FileNotFoundError:
+        return None
+    except UserError as error:
+        logger.warning("%s; it is not used, and measured again", error)
+        return None
+
+
+def differences(before: dict, now: dict, prefix: str = "") -> list[str]:
+    """["lr: 1.0 then, 0.2 now", ...] of two settings; keys of dicts within are joined by dots."""
+    found = []
+    for key in before | now:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key}: {old!r:.80} then, {new!r:.80} now")
+    return found
+
+
+def json_checksum(obj) -> str:
+    """sha256 of what `obj` is after a way through JSON: the order of keys and the layout do not matter."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(obj)), sort_keys=True).encode()).hexdigest()
 
 
 def file_checksum(path):
@@ -75,12 +146,17 @@ def run_record(*, model, bit_config, metrics, data, seed, wall_seconds, **detail
 
 
 def command_line():
-    """The command as typed, except for a hub token and for absolute paths above the current folder."""
-    words = [os.path.relpath(sys.argv[0]), *sys.argv[1:]]
-    for index, word in enumerate(words[:-1]):
-        if word == "--token":
-            words[index + 1] = "***"
-    return shlex.join(["python", *(relative_path(word) for word in words)])
+    """The command as typed, except for hub tokens and for absolute paths above the current folder."""
+    words, _ = _without_tokens([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    words = ["=".join(map(relative_path, word.split("=", 1))) for word in words]
+    return TOKEN.sub("***", shlex.join(["python", *words]))
+
+
+def hide_tokens(text):
+    """`text` without the hub tokens of the command line, and without anything that looks like one."""
+    for token in _without_tokens(sys.argv)[1]:
+        text = text.replace(token, "***")
+    return TOKEN.sub("***", text)
 
 
 def relative_path(word):
@@ -106,3 +182,49 @@ def _version(package):
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _without_tokens(words):
+    """(words with "***" for each hub token, [the tokens])."""
+    masked, tokens = [], []
+    for before, word in zip(["", *words], words):
+        flag, equals, value = word.partition("=")
+        if equals and _takes_a_token(flag):
+            tokens.append(value)
+            word = f"{flag}=***"
+        elif _takes_a_token(before) and not word.startswith("-"):
+            tokens.append(word)
+            word = "***"
+        masked.append(word)
+    return masked, list(filter(None, tokens))
+
+
+def _takes_a_token(flag):
+    """--token and its kind, also with dashes and shortened: argparse takes every unambiguous beginning."""
+    name = flag.lstrip("-").replace("-", "_")
+    if not flag.startswith("-") or name in ("", "push_to_hub"):
+        return False
+    return name.endswith("_token") or any(full.startswith(name) for full in TOKEN_FLAGS)
+
+
+def _is_running(process):
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # of another user
+    return True
+
+
+def _sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path):
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)

@@ -18,8 +18,6 @@ import json
 import logging
 import os
 import random
-import re
-import shutil
 import sys
 import time
 import warnings
@@ -31,25 +29,24 @@ import transformers
 from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
-    HfArgumentParser,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
 from transformers.utils.versions import require_version
 
 from classifier import accuracy_row, encode, load_rows
+from flags import parse_args
 from models.bit_config import describe_bit_config, short_name
-from models.errors import UserError
+from models.checkpoint import read_config
+from models.errors import UserError, is_disk_error
 from models.modeling_gpt2_quant import QuantGPT2ForSequenceClassification
-from record import relative_path, run_record, write_json_atomic
+from record import hide_tokens, relative_path, run_record, write_json_atomic
+from resuming import OutputFolder, ResumableTrainer, input_checksums, run_settings
 from text_data import check_labels, number_of_classes
 
 require_version("transformers>=5.23", "pip install -r requirements.txt")
 
 logger = logging.getLogger("text_classification")
-SETTINGS_FILE = "run_settings.json"
-CHECKPOINT_FILES = ("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
 
 # Copied from base_model/run_qa.py:option
@@ -57,7 +54,7 @@ def option(default, text, **kwargs):
     """A dataclass field with a help text."""
     aliases = {"aliases": kwargs.pop("aliases")} if "aliases" in kwargs else {}
     factory = {"default_factory": lambda: default} if isinstance(default, list) else {"default": default}
-    return dataclasses.field(**factory, metadata={"help": text, **aliases}, **kwargs)
+    return dataclasses.field(**factory, metadata={"help": text.replace("%", "%%"), **aliases}, **kwargs)
 
 
 @dataclasses.dataclass
@@ -72,11 +69,12 @@ class ModelArguments:
     token: str | None = option(None, "hub token (default: the one of `hf auth login`)")
     attn_implementation: str | None = option(None, "eager, sdpa or another attention of transformers")
     add_lora: bool = option(False, "one shared adapter, which serves any bits; alone: trained in full precision")
-    lora_r: int = option(8, "rank of the adapters")
-    lora_alpha: int = option(16, "scaling is lora_alpha / lora_r")
+    lora_r: int | None = option(None, "rank of the adapters (default: 8, or that of the checkpoint)")
+    lora_alpha: int | None = option(None, "scaling is lora_alpha / lora_r (default: 16, or that of the checkpoint)")
     bit_widths: list[int] | None = option(None, "width of W, A and KV trained with LoRA; several with RPT")
     bit_config: str | None = option(
-        None, 'per-layer bits: JSON file (configs/README.md) or "W4A8KV8"; training: static, with LoRA; else PTQ'
+        None,
+        'per-layer bits: JSON file (configs/README.md), "W4A8KV8", or a width; training: static, with LoRA; else PTQ',
     )
     train_all_weights: bool = option(False, "train all weights at the bits that are given, without adapters")
     random_precision_training: bool = option(False, "RPT: every step trains one of --bit_widths", aliases=["--rpt"])
@@ -103,18 +101,6 @@ class TrainingTextArguments(TextArguments):
     """The texts, and the output folder."""
 
     overwrite_output_dir: bool = option(False, "start over in a used --output_dir; deletes its checkpoints")
-
-
-# Copied from base_model/run_qa.py:parse_args
-def parse_args(*dataclass_types):
-    """One instance of each dataclass, from the command line or from one JSON file."""
-    parser = HfArgumentParser(dataclass_types)
-    try:
-        if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-            return parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
-        return parser.parse_args_into_dataclasses()
-    except (ValueError, TypeError, ImportError) as error:  # of the flags themselves: nothing has run yet
-        raise UserError(error) from error
 
 
 # Copied from base_model/run_qa.py:setup_logging
@@ -153,85 +139,22 @@ def check_args(model_args, training_args):
         raise UserError("--fsdp and --deepspeed shard the model; random precision needs all of it on every process")
 
 
-# Copied from base_model/trainer_qa.py:last_complete_checkpoint
-def last_complete_checkpoint(output_dir):
-    """Newest `checkpoint-N` with all its files, None without one: a killed run may leave a half-written folder."""
-    steps = []
-    for name in os.listdir(output_dir) if os.path.isdir(output_dir) else ():
-        if (match := re.fullmatch(r"checkpoint-(\d+)", name)) and is_complete(os.path.join(output_dir, name)):
-            steps.append(int(match[1]))
-    return os.path.join(output_dir, f"checkpoint-{max(steps)}") if steps else None
-
-
-# Copied from base_model/trainer_qa.py:is_complete
-def is_complete(checkpoint):
-    """True when the checkpoint has every file that a resume needs. The trainer's state is written last."""
-    files = set(os.listdir(checkpoint))
-    if not set(CHECKPOINT_FILES) <= files or not any(name.startswith("rng_state") for name in files):
-        return False
-    try:
-        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
-            json.load(file)
-    except json.JSONDecodeError:
-        return False
-    return True
-
-
-# Copied from base_model/run_qa.py:starting_checkpoint
-def starting_checkpoint(training_args, overwrite, settings):
-    """The checkpoint to resume from, None for a fresh start.
-
-    Raises ValueError when the output folder holds other things, an incomplete checkpoint was asked for, or the run
-    that left the folder had other settings.
-    """
-    folder, asked = training_args.output_dir, training_args.resume_from_checkpoint
-    if not training_args.do_train:
-        return None
-    if asked and asked not in ("True", "true"):
-        if not os.path.isdir(asked) or not is_complete(asked):
-            raise UserError(f"--resume_from_checkpoint {asked}: not a complete checkpoint")
-        return asked
-    content = os.listdir(folder) if os.path.isdir(folder) else []
-    if overwrite or not content:
-        return None
-    if SETTINGS_FILE not in content:
-        raise UserError(
-            f"--output_dir {folder} is not empty and no run of this script: pass --overwrite_output_dir, "
-            "--resume_from_checkpoint or another --output_dir"
-        )
-    with open(os.path.join(folder, SETTINGS_FILE), encoding="utf-8") as file:
-        before = json.load(file)
-    changed = [
-        f"{key}: {before.get(key)!r} then, {now!r} now" for key, now in settings.items() if before.get(key) != now
-    ]
-    if changed:
-        raise UserError(
-            f"--output_dir {folder} holds a run with other settings ({'; '.join(changed)}): pass "
-            "--overwrite_output_dir to start over, or another --output_dir"
-        )
-    checkpoint = last_complete_checkpoint(folder)
-    logger.info("resuming from %s", checkpoint or "the start: no complete checkpoint was left")
-    return checkpoint
-
-
-# Copied from base_model/run_qa.py:start_output_dir
-def start_output_dir(training_args, settings, resumed):
-    """Make the output folder of this run; a fresh start removes what an earlier run left to resume from."""
-    if training_args.process_index == 0:
-        os.makedirs(training_args.output_dir, exist_ok=True)
-        if training_args.do_train and not resumed:
-            for name in os.listdir(training_args.output_dir):
-                if name.startswith("checkpoint-"):
-                    shutil.rmtree(os.path.join(training_args.output_dir, name))
-            write_json_atomic(os.path.join(training_args.output_dir, SETTINGS_FILE), settings)
-
-
 # Copied from base_model/run_qa.py:load_tokenizer
 def load_tokenizer(model_args):
-    """The tokenizer; GPT-2 has no pad token, so padding uses its end-of-text token (masked, never scored)."""
+    """The tokenizer; GPT-2 has no pad token, so padding uses its end-of-text token (masked, never scored).
+
+    Raises ValueError for tokenizer files, or a config.json beside them, that do not work; OSError for none.
+    """
     name = model_args.tokenizer_name or model_args.model_name_or_path
     options = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    if not model_args.tokenizer_name:
+        read_config(str(name), options)  # the tokenizer's class may come from it
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # faulty files raise any class, that of tokenizers is Exception itself
+        raise UserError(f"{name}: its tokenizer does not open ({type(error).__name__}: {error})") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"  # where a causal model does not look; positions count from the text's start
@@ -242,7 +165,8 @@ def load_tokenizer(model_args):
 def open_model(model_class, model_args, tokenizer, training=False, **overrides):
     """The model of --model_name_or_path, complete with its adapters.
 
-    Raises ValueError for a tokenizer that is not the model's, and for training on an exported checkpoint.
+    Raises ValueError for a tokenizer that is not the model's, for adapters of another --lora_r or --lora_alpha, and
+    for training on an exported checkpoint.
     """
     options = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
     if model_args.attn_implementation:
@@ -258,11 +182,22 @@ def open_model(model_class, model_args, tokenizer, training=False, **overrides):
             f"the tokenizer has {len(tokenizer)} tokens, the embedding of {model_args.model_name_or_path} "
             f"{model.config.vocab_size}: they do not belong together (--tokenizer_name)"
         )
+    for key in ("lora_r", "lora_alpha") if model.config.lora_bank else ():
+        asked, found = getattr(model_args, key, None), getattr(model.config, key)
+        if asked not in (None, found):
+            raise UserError(
+                f"--{key} {asked}, but the adapters of {model_args.model_name_or_path} have {key} {found}: leave the "
+                "flag out, or start from a model without adapters"
+            )
     if training and model.config.exported_widths:
         raise UserError(
             f"{model_args.model_name_or_path} is an exported checkpoint without float weights: it can be evaluated; "
             "train the checkpoint that it was made from"
         )
+    if not training:  # only of frozen weights codes are kept from one forward to the next
+        for layer in model.quant_layers().values():
+            if layer.weight is not None:
+                layer.weight.requires_grad_(False)
     return model
 
 
@@ -271,8 +206,8 @@ def build_model(model_args, training, tokenizer, num_labels):
     labels = {"num_labels": num_labels} if num_labels else {}
     model = open_model(QuantGPT2ForSequenceClassification, model_args, tokenizer, training, **labels)
     model.config.pad_token_id = tokenizer.pad_token_id
-    widths = model_args.bit_widths
-    bits = model_args.bit_config or (max(widths) if widths else None)
+    widths = model_args.bit_widths or []
+    bits = model_args.bit_config if model_args.bit_config is not None else max(widths, default=None)
     lora = model_args.add_lora or (bits is not None and not model_args.train_all_weights)
     if training and lora and not model.config.lora_bank:
         with model.bit_config(bits or 32) as resolved:
@@ -301,7 +236,7 @@ def width_for_step(step, seed, bit_widths):
     return random.Random(f"{seed}-{step}").choice(sorted(bit_widths))
 
 
-class ClassificationTrainer(Trainer):
+class ClassificationTrainer(ResumableTrainer):
     """Trainer with random precision training, which also stops before a loss that is not finite is used.
 
     Args: random_widths: the widths to draw from, None to train at the bits that are set.
@@ -313,13 +248,15 @@ class ClassificationTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         plain = self.accelerator.unwrap_model(model)
+        bits = plain.config.bit_config
         if self.random_widths:
-            plain.set_bit_config(width_for_step(self.state.global_step, self.args.seed, self.random_widths))
-        loss = super().training_step(model, inputs, num_items_in_batch)
+            bits = width_for_step(self.state.global_step, self.args.seed, self.random_widths)
+        with plain.bit_config(bits) as resolved:  # what is saved stands at the bits that were set
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"loss is {loss.item()} at step {self.state.global_step + 1} (bits: "
-                f"{short_name(plain.config.bit_config)}); try a lower --learning_rate or --bf16 instead of --fp16"
+                f"loss is {loss.item()} at step {self.state.global_step + 1} (bits: {short_name(resolved)}); try a "
+                "lower --learning_rate or --bf16 instead of --fp16"
             )
         return loss
 
@@ -339,18 +276,11 @@ def build_features(rows, tokenizer, max_length):
     return datasets.Dataset.from_list(features)
 
 
-def run(trainer, resume, training_args, widths):
+def run(trainer, folder, training_args, widths):
     """Train and evaluate as asked for, at every width of RPT; returns all metrics."""
     metrics = {}
     if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=resume)
-        if widths:
-            trainer.model.set_bit_config(max(widths))  # what the checkpoint is served at, unless told otherwise
-        trainer.save_model()
-        trainer.save_state()
-        metrics |= result.metrics
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
+        metrics |= trainer.train_or_load(folder)
     if training_args.do_eval:
         for bits in widths or [None]:
             prefix = f"eval_{bits}bit" if bits else "eval"
@@ -368,9 +298,10 @@ def plain_errors():
     """What a user or a disk did ends the script with one message; any other error shows its traceback."""
     try:
         yield
-    except (UserError, OSError, FloatingPointError) as error:
-        logger.debug("", exc_info=True)
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        if not (isinstance(error, UserError | FloatingPointError) or is_disk_error(error)):
+            raise
+        sys.exit(hide_tokens(f"error: {error}"))
 
 
 def main():
@@ -378,9 +309,8 @@ def main():
     model_args, data_args, training_args = parse_args(ModelArguments, TrainingTextArguments, TrainingArguments)
     setup_logging(training_args)
     check_args(model_args, training_args)
-    settings = dataclasses.asdict(model_args) | {"token": None, "cache_dir": None}
-    settings |= {"seed": training_args.seed, "max_seq_length": data_args.max_seq_length}
-    resume = starting_checkpoint(training_args, data_args.overwrite_output_dir, settings)
+    settings = run_settings(model_args, data_args, training_args)
+    folder = OutputFolder(training_args, data_args.overwrite_output_dir, settings)
     set_seed(training_args.seed)
 
     evaluates = training_args.do_eval or training_args.eval_strategy != "no"
@@ -394,7 +324,8 @@ def main():
     bits = describe_model(model)
     length = min(data_args.max_seq_length, model.config.max_position_embeddings)
     features = {split: build_features(texts, tokenizer, length) for split, texts in rows.items()}
-    start_output_dir(training_args, settings, resume)
+    if training_args.do_train:
+        folder.start(**input_checksums(model, tokenizer, sources))
     widths = model_args.bit_widths if model_args.random_precision_training else None
     if widths and training_args.do_train:
         training_args.ddp_find_unused_parameters = True  # the other widths' adapters get no gradient in a step
@@ -408,7 +339,7 @@ def main():
         compute_metrics=accuracy_metrics,
         random_widths=widths,
     )
-    metrics = run(trainer, resume, training_args, widths)
+    metrics = run(trainer, folder, training_args, widths)
     if trainer.is_world_process_zero():
         record = run_record(
             model=relative_path(model_args.model_name_or_path),
@@ -418,6 +349,7 @@ def main():
             seed=training_args.seed,
             wall_seconds=time.time() - start,
             steps=trainer.state.global_step,
+            continues=folder.continues,
             random_precision_training=widths,
             dtype="bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32",
         )

@@ -1,15 +1,17 @@
 """Labelled texts: a data set of the hub, or a local JSON-lines or CSV file with "text" and "label"."""
 
 import csv
-import json
 import os
+import re
 
 import datasets
 
 from models.errors import UserError
+from models.user_input import parse_json, show
 
 SUFFIXES = (".jsonl", ".json", ".csv")
 CSV_FIELD_LIMIT = 1 << 24  # characters of one CSV field; Python's own limit is shorter than long reviews
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell lone ones, tokenizers cannot read them
 
 
 def load_texts(*, dataset_name=None, dataset_config_name=None, files, splits, columns=("text", "label"), **hub):
@@ -40,26 +42,19 @@ def read_text_file(path, columns=("text", "label")):
     if not path.endswith(SUFFIXES):
         raise UserError(f"{path}: allowed are {', '.join(SUFFIXES)} (JSON: one object a line)")
     reader = _csv_rows if path.endswith(".csv") else _json_rows
-    rows = [_check(row, f"{path}, line {line}", columns) for line, row in reader(path)]
-    if not rows:
-        raise UserError(f"{path}: no rows in it")
-    return rows
+    return _checked(((f"{path}, line {line}", row) for line, row in reader(path)), path, columns)
 
 
 def _json_rows(path):
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         for line, text in enumerate(_decoded(file, path), 1):
-            if not text.strip():
-                continue
-            try:
-                yield line, json.loads(text)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {line}: not a JSON object ({error})") from None
+            if text.strip():
+                yield line, parse_json(text, f"{path}, line {line}")
 
 
 def _csv_rows(path):
     csv.field_size_limit(CSV_FIELD_LIMIT)
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(_decoded(file, path), strict=True)
         try:
             for row in reader:
@@ -75,27 +70,39 @@ def _decoded(file, path):
         raise UserError(f"{path}: not UTF-8 ({error})") from None
 
 
+def _checked(rows, source, columns):
+    """[{"text", "label"}] of (place, row) pairs: the one door of files and hub data."""
+    checked = [_check(row, place, columns) for place, row in rows]
+    if not checked:
+        raise UserError(f"{source}: no rows in it")
+    return checked
+
+
 def _check(row, place, columns):
     if not isinstance(row, dict):
         raise UserError(f"{place}: want an object with {' and '.join(columns)}, found {type(row).__name__}")
     if absent := [key for key in columns if row.get(key) is None]:
-        raise UserError(f"{place}: no {json.dumps(absent[0])}; found {', '.join(map(str, row)) or 'nothing'}")
+        found = ", ".join(str(key)[:80] for key in list(row)[:10]) or "nothing"
+        raise UserError(f"{place}: no {show(absent[0])}; found {found}{', ...' if len(row) > 10 else ''}")
+    if None in row:  # csv.DictReader keeps there what has no name: an unquoted comma has cut a text in two
+        raise UserError(f"{place}: more fields than the header names, from {show(row[None][0])} on; quote texts")
     text, label = (row[key] for key in columns)
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not text.strip() or SURROGATE.search(text):
         raise UserError(
-            f"{place}: {json.dumps(columns[0])} = {json.dumps(text)}: allowed is a text that is not empty"
+            f"{place}: {show(columns[0])} = {show(text)}: allowed is a text that is not empty, in valid Unicode"
         )
-    if isinstance(label, str) and label.isdecimal():
+    if isinstance(label, str) and re.fullmatch("[0-9]{1,9}", label):
         label = int(label)  # CSV knows only strings
     if type(label) is not int or label < 0:
-        raise UserError(
-            f"{place}: {json.dumps(columns[1])} = {json.dumps(label)}: allowed are the integers 0, 1, ..."
-        )
+        raise UserError(f"{place}: {show(columns[1])} = {show(label)}: allowed are the integers 0, 1, ...")
     return {"text": text, "label": label}
 
 
 def _from_hub(name, config, split, columns, hub):
-    found = datasets.load_dataset(name, config, **hub)
+    try:
+        found = datasets.load_dataset(name, config, **hub)
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        raise UserError(f"--dataset_name {name}: cannot be read ({error.__cause__ or error})") from error
     if split == "validation" and split not in found:
         split = "test"  # ag_news, imdb and dbpedia have no validation split
     if split not in found:
@@ -104,19 +111,16 @@ def _from_hub(name, config, split, columns, hub):
         names = ", ".join(found[split].column_names)
         raise UserError(f"{name}: no column {absent[0]}; found {names} (--text_column, --label_column)")
     pairs = zip(*(found[split][key] for key in columns), strict=True)
-    return [
-        _check(dict(zip(columns, pair, strict=True)), f"{name}, {split} row {n}", columns)
-        for n, pair in enumerate(pairs)
-    ]
+    rows = ((f"{name}, {split} row {n}", dict(zip(columns, pair, strict=True))) for n, pair in enumerate(pairs))
+    return _checked(rows, f"{name}, {split}", columns)
 
 
 def number_of_classes(rows, source):
     """Number of labels 0, 1, ...; every one must occur in the training rows. Raises ValueError."""
     labels = {row["label"] for row in rows}
-    missing = sorted(set(range(max(labels) + 1)) - labels)
-    if missing or len(labels) < 2:
+    if max(labels) >= len(labels) or len(labels) < 2:
         wanted = "the labels must be 0 to K-1, at least two, each with a row"
-        raise UserError(f"{source}: labels {sorted(labels)[:10]}: {wanted}")
+        raise UserError(f"{source}: labels {show(sorted(labels)[:10])}: {wanted}")
     return len(labels)
 
 
@@ -125,5 +129,5 @@ def check_labels(rows, num_labels, source):
     for number, row in enumerate(rows):
         if row["label"] >= num_labels:
             raise UserError(
-                f"{source}, row {number + 1}: label {row['label']}: the classifier has 0 to {num_labels - 1}"
+                f"{source}, row {number + 1}: label {show(row['label'])}: the classifier has 0 to {num_labels - 1}"
             )

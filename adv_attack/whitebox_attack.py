@@ -6,11 +6,13 @@
         --precision_set 4 6 8 --num_samples 1000 --output_dir results/attack_eot
 
 The mathematics is in gbda.py; the defaults are those of the code released with the paper. The output folder gets
-adversarial.json (texts only) and record.json. The same command resumes a killed attack, batch by batch: all random
-numbers are functions of --seed and of the number of the text in its file, so the result is the same to the last digit.
+adversarial.json (texts only) and record.json. The same command resumes a killed attack, batch by batch, and does
+nothing after a finished one: all random numbers are functions of --seed and of the number of the text in its file, so
+the result is the same to the last digit.
 """
 
 import dataclasses
+import glob
 import hashlib
 import json
 import logging
@@ -25,10 +27,17 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 import gbda
-from attack_setup import ClassifierArguments, load_classifier, load_reference, model_checksum, resolve_configs
+from attack_setup import (
+    ClassifierArguments,
+    load_classifier,
+    load_reference,
+    model_checksum,
+    resolve_configs,
+    tokenizer_checksum,
+)
 from classifier import encode, hidden_states, last_position_logits, load_rows, pad_right
 from models.errors import UserError
-from record import relative_path, run_record, write_json_atomic
+from record import differences, json_checksum, read_state, relative_path, run_record, write_state
 from text_classification import TextArguments, load_tokenizer, option, parse_args, plain_errors, setup_logging
 from text_data import check_labels
 
@@ -301,24 +310,23 @@ def start_output_dir(args, settings):
     """Make the output folder, or refuse that of another attack."""
     path = os.path.join(args.output_dir, SETTINGS_FILE)
     content = os.listdir(args.output_dir) if os.path.isdir(args.output_dir) else []
+    content = [name for name in content if not name.startswith(".") and not name.endswith(".tmp")]  # of a killed start
+    before = None
     if content and not args.overwrite_output_dir:
         if SETTINGS_FILE not in content:
             raise UserError(f"--output_dir {args.output_dir} is not empty and no attack: pass another one")
-        with open(path, encoding="utf-8") as file:
-            before = json.load(file)
-        changed = [
-            f"{key}: {before.get(key)!r} then, {now!r} now" for key, now in settings.items() if before.get(key) != now
-        ]
-        if changed:
-            raise UserError(
-                f"--output_dir {args.output_dir} holds an attack with other settings ({'; '.join(changed)}): pass "
-                "--overwrite_output_dir to start over, or another --output_dir"
-            )
-        return
-    parts = os.path.join(args.output_dir, "parts")
-    for name in os.listdir(parts) if os.path.isdir(parts) else ():
-        os.remove(os.path.join(parts, name))
-    write_json_atomic(path, settings)
+        before = read_state(path)
+    if before is None:  # a fresh start, or settings that are damaged: nobody knows whose results these are
+        for name in ("parts/*", RESULT_FILE, "record.json"):
+            for old in glob.glob(os.path.join(glob.escape(args.output_dir), name)):
+                os.remove(old)
+        write_state(path, settings)
+    elif changed := differences(before, settings):
+        more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise UserError(
+            f"--output_dir {args.output_dir} holds an attack with other settings ({'; '.join(changed[:5])}{more}): "
+            "pass --overwrite_output_dir to start over, or another --output_dir"
+        )
 
 
 def attack_all(attack, texts, args):
@@ -328,12 +336,12 @@ def attack_all(attack, texts, args):
     with tqdm(total=len(texts), desc=f"attack at {args.attack_bits}", unit="text") as bar:
         for number, batch in enumerate(batches):
             path = os.path.join(args.output_dir, "parts", f"{number:05d}.json")
-            if not os.path.isfile(path):
+            part = read_state(path)
+            if part is None:
                 start = time.time()
                 found = attack.run([texts[position] for position in batch])
-                write_json_atomic(path, {"rows": found, "seconds": time.time() - start})
-            with open(path, encoding="utf-8") as file:
-                part = json.load(file)
+                part = {"rows": found, "seconds": time.time() - start}
+                write_state(path, part)
             rows |= dict(zip(batch, part["rows"], strict=True))
             seconds += part["seconds"]
             bar.update(len(batch))
@@ -366,18 +374,26 @@ def main():
         "max_seq_length": length,
         "model_sha256": model_checksum(model),
         "reference_sha256": model_checksum(reference),
-        "data": {split: [source["examples"], source["sha256"]] for split, source in sources.items()},
-        "precisions": list(precisions),
+        "tokenizer_sha256": tokenizer_checksum(tokenizer),
+        "data": {split: {"examples": len(found), "sha256": json_checksum(found)} for split, found in rows.items()},
+        "precisions": precisions,
         "execution": model_args.execution,
+        "attention": model.config._attn_implementation,
         "candidates": len(candidates),
         "initial_probability": gbda.survival_probability(args.initial_coeff, len(candidates)),
     }
     del settings["output_dir"], settings["overwrite_output_dir"]
+    settings = json.loads(json.dumps(settings))
     start_output_dir(args, settings)
+    result_path = os.path.join(args.output_dir, RESULT_FILE)
+    record_path = data_args.record_file or os.path.join(args.output_dir, "record.json")
+    if all((read_state(path) or {}).get("settings") == settings for path in (result_path, record_path)):
+        logger.info("%s: this attack is finished; nothing to do", args.output_dir)
+        return
     attack = Attack(model, reference, tokenizer, candidates, idf, list(precisions.values()), args)
     found, seconds = attack_all(attack, texts, args)
     result = {"settings": settings, "texts": [found[position] for position in range(len(texts))]}
-    write_json_atomic(os.path.join(args.output_dir, RESULT_FILE), result)
+    write_state(result_path, result)
     record = run_record(
         model=relative_path(model_args.model_name_or_path),
         bit_config={"attack_bits": args.attack_bits, "precisions": list(precisions)},
@@ -388,7 +404,7 @@ def main():
         reference_model=relative_path(reference_name),
         settings=settings,
     )
-    write_json_atomic(data_args.record_file or os.path.join(args.output_dir, "record.json"), record)
+    write_state(record_path, record)
     logger.info("%d texts, %.2f s a text: %s", len(texts), seconds / len(texts), args.output_dir)
 
 

@@ -15,7 +15,6 @@ import dataclasses
 import json
 import logging
 import os
-import shutil
 import sys
 import time
 import warnings
@@ -24,30 +23,32 @@ import datasets
 import evaluate
 import transformers
 from datasets.fingerprint import Hasher
-from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, TrainingArguments, set_seed
+from transformers import AutoTokenizer, DataCollatorWithPadding, TrainingArguments, set_seed
 from transformers.utils.versions import require_version
 
+from flags import parse_args
 from models.bit_config import describe_bit_config, short_name
 from models.bitsandbytes_ptq import LABELS, METHODS, quantize_with_bitsandbytes
-from models.errors import UserError
+from models.checkpoint import read_config
+from models.errors import UserError, is_disk_error
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
-from record import file_checksum, relative_path, run_record, write_json_atomic
+from record import file_checksum, hide_tokens, json_checksum, relative_path, run_record, write_json_atomic
+from resuming import OutputFolder, input_checksums, run_settings, tokenizer_checksum
 from squad_data import load_qa_datasets
-from trainer_qa import QuestionAnsweringTrainer, is_complete, last_complete_checkpoint
+from trainer_qa import QuestionAnsweringTrainer
 from utils_qa import prepare_train_features, prepare_validation_features
 
 require_version("transformers>=5.23", "pip install -r requirements.txt")
 
 logger = logging.getLogger("run_qa")
 HERE = os.path.dirname(os.path.abspath(__file__))
-SETTINGS_FILE = "run_settings.json"
 
 
 def option(default, text, **kwargs):
     """A dataclass field with a help text."""
     aliases = {"aliases": kwargs.pop("aliases")} if "aliases" in kwargs else {}
     factory = {"default_factory": lambda: default} if isinstance(default, list) else {"default": default}
-    return dataclasses.field(**factory, metadata={"help": text, **aliases}, **kwargs)
+    return dataclasses.field(**factory, metadata={"help": text.replace("%", "%%"), **aliases}, **kwargs)
 
 
 @dataclasses.dataclass
@@ -62,12 +63,13 @@ class ModelArguments:
     token: str | None = option(None, "hub token (default: the one of `hf auth login`)")
     attn_implementation: str | None = option(None, "eager, sdpa or another attention of transformers")
     add_lora: bool = option(False, "LoRA without quantized training: one shared adapter, which serves any bits later")
-    lora_r: int = option(8, "rank of the adapters")
-    lora_alpha: int = option(16, "scaling is lora_alpha / lora_r")
+    lora_r: int | None = option(None, "rank of the adapters (default: 8, or that of the checkpoint)")
+    lora_alpha: int | None = option(None, "scaling is lora_alpha / lora_r (default: 16, or that of the checkpoint)")
     bit_widths: list[int] | None = option(None, "static width of W, A and KV, trained with LoRA (here one: 2 to 8)")
     bit_config: str | None = option(
         None,
-        'per-layer bits: JSON file (configs/README.md) or "W4A8KV8"; training: static, with LoRA; evaluation: PTQ',
+        'per-layer bits: JSON file (configs/README.md), "W4A8KV8", or a width as 8; training: static, with LoRA; '
+        "evaluation: PTQ",
         aliases=["--sp_config_path"],
     )
     execution: str | None = option(
@@ -107,17 +109,6 @@ class DataTrainingArguments:
     record_file: str | None = option(None, "where the run's JSON record goes (default: record.json in --output_dir)")
 
 
-def parse_args(*dataclass_types):
-    """One instance of each dataclass, from the command line or from one JSON file."""
-    parser = HfArgumentParser(dataclass_types)
-    try:
-        if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-            return parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
-        return parser.parse_args_into_dataclasses()
-    except (ValueError, TypeError, ImportError) as error:  # of the flags themselves: nothing has run yet
-        raise UserError(error) from error
-
-
 def setup_logging(training_args):
     """INFO on rank 0, warnings elsewhere."""
     level = logging.INFO if training_args.process_index == 0 else logging.WARNING
@@ -149,58 +140,21 @@ def check_args(model_args, data_args, training_args):
         raise UserError("--bitsandbytes is weight-only quantization after training: no --do_train, no bits of ours")
 
 
-def starting_checkpoint(training_args, overwrite, settings):
-    """The checkpoint to resume from, None for a fresh start.
-
-    Raises ValueError when the output folder holds other things, an incomplete checkpoint was asked for, or the run
-    that left the folder had other settings.
-    """
-    folder, asked = training_args.output_dir, training_args.resume_from_checkpoint
-    if not training_args.do_train:
-        return None
-    if asked and asked not in ("True", "true"):
-        if not os.path.isdir(asked) or not is_complete(asked):
-            raise UserError(f"--resume_from_checkpoint {asked}: not a complete checkpoint")
-        return asked
-    content = os.listdir(folder) if os.path.isdir(folder) else []
-    if overwrite or not content:
-        return None
-    if SETTINGS_FILE not in content:
-        raise UserError(
-            f"--output_dir {folder} is not empty and no run of this script: pass --overwrite_output_dir, "
-            "--resume_from_checkpoint or another --output_dir"
-        )
-    with open(os.path.join(folder, SETTINGS_FILE), encoding="utf-8") as file:
-        before = json.load(file)
-    changed = [
-        f"{key}: {before.get(key)!r} then, {now!r} now" for key, now in settings.items() if before.get(key) != now
-    ]
-    if changed:
-        raise UserError(
-            f"--output_dir {folder} holds a run with other settings ({'; '.join(changed)}): pass "
-            "--overwrite_output_dir to start over, or another --output_dir"
-        )
-    checkpoint = last_complete_checkpoint(folder)
-    logger.info("resuming from %s", checkpoint or "the start: no complete checkpoint was left")
-    return checkpoint
-
-
-def start_output_dir(training_args, settings, resumed):
-    """Make the output folder of this run; a fresh start removes what an earlier run left to resume from."""
-    if training_args.process_index == 0:
-        os.makedirs(training_args.output_dir, exist_ok=True)
-        if training_args.do_train and not resumed:
-            for name in os.listdir(training_args.output_dir):
-                if name.startswith("checkpoint-"):
-                    shutil.rmtree(os.path.join(training_args.output_dir, name))
-            write_json_atomic(os.path.join(training_args.output_dir, SETTINGS_FILE), settings)
-
-
 def load_tokenizer(model_args):
-    """The tokenizer; GPT-2 has no pad token, so padding uses its end-of-text token (masked, never scored)."""
+    """The tokenizer; GPT-2 has no pad token, so padding uses its end-of-text token (masked, never scored).
+
+    Raises ValueError for tokenizer files, or a config.json beside them, that do not work; OSError for none.
+    """
     name = model_args.tokenizer_name or model_args.model_name_or_path
     options = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    if not model_args.tokenizer_name:
+        read_config(str(name), options)  # the tokenizer's class may come from it
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # faulty files raise any class, that of tokenizers is Exception itself
+        raise UserError(f"{name}: its tokenizer does not open ({type(error).__name__}: {error})") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"  # where a causal model does not look; positions count from the text's start
@@ -210,7 +164,8 @@ def load_tokenizer(model_args):
 def open_model(model_class, model_args, tokenizer, training=False, **overrides):
     """The model of --model_name_or_path, complete with its adapters.
 
-    Raises ValueError for a tokenizer that is not the model's, and for training on an exported checkpoint.
+    Raises ValueError for a tokenizer that is not the model's, for adapters of another --lora_r or --lora_alpha, and
+    for training on an exported checkpoint.
     """
     options = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
     if model_args.attn_implementation:
@@ -226,25 +181,40 @@ def open_model(model_class, model_args, tokenizer, training=False, **overrides):
             f"the tokenizer has {len(tokenizer)} tokens, the embedding of {model_args.model_name_or_path} "
             f"{model.config.vocab_size}: they do not belong together (--tokenizer_name)"
         )
+    for key in ("lora_r", "lora_alpha") if model.config.lora_bank else ():
+        asked, found = getattr(model_args, key, None), getattr(model.config, key)
+        if asked not in (None, found):
+            raise UserError(
+                f"--{key} {asked}, but the adapters of {model_args.model_name_or_path} have {key} {found}: leave the "
+                "flag out, or start from a model without adapters"
+            )
     if training and model.config.exported_widths:
         raise UserError(
             f"{model_args.model_name_or_path} is an exported checkpoint without float weights: it can be evaluated; "
             "train the checkpoint that it was made from"
         )
+    if not training:  # only of frozen weights codes are kept from one forward to the next
+        for layer in model.quant_layers().values():
+            if layer.weight is not None:
+                layer.weight.requires_grad_(False)
     return model
 
 
 def build_model(model_args, training, tokenizer):
     """The model with its adapters and bits set."""
     model = open_model(QuantGPT2ForQuestionAnswering, model_args, tokenizer, training)
-    bits = model_args.bit_config or (model_args.bit_widths[0] if model_args.bit_widths else None)
+    bits = model_args.bit_config
+    if bits is None and model_args.bit_widths:
+        bits = model_args.bit_widths[0]
     if bits is not None and (model.config.lora_bank or not training):
         model.set_bit_config(bits)
     elif bits is not None:
         with model.bit_config(bits) as resolved:
             widths = sorted({layer["w_bits"] for layer in resolved.values()})
         model.add_lora(widths, model_args.lora_r, model_args.lora_alpha)
-        model.set_bit_config(bits)
+        name = short_name(model.set_bit_config(bits))
+        # one assignment, whatever widths its bank has: what run_qa_eval.py evaluates when it is not told
+        model.config.trained_bit_configs = ["checkpoint" if name == "mixed" else name]
     elif model_args.add_lora and not model.config.lora_bank:
         model.add_lora(["shared"], model_args.lora_r, model_args.lora_alpha)
     if model.config.lora_bank and not model.config.base_model_name_or_path:
@@ -287,7 +257,7 @@ def load_data(data_args, splits, model_args):
         sources[split] = {
             "source": relative_path(path) if path else data_args.dataset_name,
             "examples": len(examples[split]),
-            "sha256": file_checksum(path) if path else None,
+            "sha256": file_checksum(path) if path else json_checksum(examples[split][:]),
         }
     return examples, sources
 
@@ -307,8 +277,8 @@ def build_features(examples, split, source, tokenizer, data_args, training_args,
     cache_file = None
     if source["sha256"]:
         code = file_checksum(os.path.join(HERE, "utils_qa.py"))
-        vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None  # a slow one is refused later
-        name = Hasher.hash([split, source["sha256"], len(examples), sorted(settings.items()), code, vocabulary])
+        parts = [split, source["sha256"], len(examples), sorted(settings.items()), code, tokenizer_checksum(tokenizer)]
+        name = Hasher.hash(parts)
         cache_file = os.path.join(datasets.config.HF_DATASETS_CACHE, "qa_features", f"{name}.arrow")
         os.makedirs(os.path.dirname(cache_file), exist_ok=True)
     with training_args.main_process_first(desc=f"features of {split}"):
@@ -357,7 +327,7 @@ def needed_splits(training_args):
     return [split for split, use in wanted.items() if use]
 
 
-def run(trainer, resume, examples, features, training_args):
+def run(trainer, folder, examples, features, training_args):
     """Train, evaluate, predict as asked for; returns all metrics."""
     metrics = {}
     if training_args.do_train:
@@ -367,12 +337,7 @@ def run(trainer, resume, examples, features, training_args):
             f"batch: {batch} a process x {accumulated} accumulated x {processes} processes = "
             f"{batch * accumulated * processes} windows a step"
         )
-        result = trainer.train(resume_from_checkpoint=resume)
-        trainer.save_model()
-        trainer.save_state()
-        metrics |= result.metrics
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
+        metrics |= trainer.train_or_load(folder)
     if training_args.do_eval:
         scores = trainer.evaluate()
         metrics |= scores
@@ -391,9 +356,10 @@ def plain_errors():
     """What a user or a disk did ends the script with one message; any other error shows its traceback."""
     try:
         yield
-    except (UserError, OSError, FloatingPointError) as error:
-        logger.debug("", exc_info=True)
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        if not (isinstance(error, UserError | FloatingPointError) or is_disk_error(error)):
+            raise
+        sys.exit(hide_tokens(f"error: {error}"))
 
 
 def main():
@@ -401,9 +367,8 @@ def main():
     model_args, data_args, training_args = parse_args(ModelArguments, DataTrainingArguments, TrainingArguments)
     setup_logging(training_args)
     check_args(model_args, data_args, training_args)
-    settings = dataclasses.asdict(model_args) | {"token": None, "cache_dir": None}
-    settings |= {"seed": training_args.seed, "question_separator": data_args.question_separator}
-    resume = starting_checkpoint(training_args, data_args.overwrite_output_dir, settings)
+    settings = run_settings(model_args, data_args, training_args)
+    folder = OutputFolder(training_args, data_args.overwrite_output_dir, settings)
     set_seed(training_args.seed)
 
     tokenizer = load_tokenizer(model_args)
@@ -418,7 +383,10 @@ def main():
     if model_args.bitsandbytes:
         quantize_with_bitsandbytes(model, model_args.bitsandbytes)
         bits = {"name": LABELS[model_args.bitsandbytes]}
-    start_output_dir(training_args, settings, resume)
+    elif not training_args.do_train:
+        model.keep_only_codes([model.config.bit_config])
+    if training_args.do_train:
+        folder.start(**input_checksums(model, tokenizer, sources))
     trainer = QuestionAnsweringTrainer(
         model=model,
         args=training_args,
@@ -431,7 +399,7 @@ def main():
         n_best_size=data_args.n_best_size,
         max_answer_length=data_args.max_answer_length,
     )
-    metrics = run(trainer, resume, examples, features, training_args)
+    metrics = run(trainer, folder, examples, features, training_args)
     if trainer.is_world_process_zero():
         record = run_record(
             model=relative_path(model_args.model_name_or_path),
@@ -441,6 +409,7 @@ def main():
             seed=training_args.seed,
             wall_seconds=time.time() - start,
             steps=trainer.state.global_step,
+            continues=folder.continues,
             dtype="bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32",
         )
         write_json_atomic(data_args.record_file or os.path.join(training_args.output_dir, "record.json"), record)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 import datasets
+import pyarrow as pa
 
 from models.errors import UserError
 
@@ -45,8 +46,18 @@ def load_squad_json(path: str | os.PathLike, require_answers: bool = True) -> li
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such data file; allowed: {_FORMS}")
     faults: list[str] = []
-    rows, first_with_id = [], {}
-    for where, record in _flatten(_read_records(path), faults):
+    rows = []
+    for record in _checked(path, _flatten(_read_records(path), faults), require_answers, faults):
+        answers = record.get("answers", {"text": [], "answer_start": []})
+        answers = {"text": answers["text"], "answer_start": answers["answer_start"]}
+        rows.append({**{key: record.get(key) or "" for key in COLUMNS}, "answers": answers})
+    return rows
+
+
+def _checked(source: str, records, require_answers: bool, faults: list[str]):
+    """Yields the good ones of (where, record) pairs, and raises all faults at the end: of files and hub data alike."""
+    first_with_id = {}
+    for where, record in records:
         where += f" (id {_show(record.get('id', _MISSING))})"
         found = _record_faults(where, record, require_answers)
         faults += found
@@ -55,16 +66,13 @@ def load_squad_json(path: str | os.PathLike, require_answers: bool = True) -> li
         first = first_with_id.setdefault(record["id"], where)
         if first != where:
             faults.append(f'{where}: "id" is that of {first}; allowed: an id that no other record has')
-        answers = record.get("answers", {"text": [], "answer_start": []})
-        answers = {"text": answers["text"], "answer_start": answers["answer_start"]}
-        rows.append({**{key: record.get(key) or "" for key in COLUMNS}, "answers": answers})
+        yield record
     if faults:
         more = [f"... and {len(faults) - MAX_FAULTS_SHOWN} more"] if len(faults) > MAX_FAULTS_SHOWN else []
         lines = "\n  - ".join(faults[:MAX_FAULTS_SHOWN] + more)
-        raise UserError(f"{path}: {len(faults)} fault(s) in the records:\n  - {lines}")
-    if not rows:
-        raise UserError(f"{path}: found no question; allowed: at least one, in {_FORMS}")
-    return rows
+        raise UserError(f"{source}: {len(faults)} fault(s) in the records:\n  - {lines}")
+    if not first_with_id:
+        raise UserError(f"{source}: found no question; allowed: at least one, in {_FORMS}")
 
 
 def _read_records(path: str) -> list[tuple[str, object]]:
@@ -101,7 +109,7 @@ def _read_records(path: str) -> list[tuple[str, object]]:
     elif isinstance(content, dict) and {"context", "question"} & set(content):
         content, label = [content], "record"  # JSON lines with a single line
     elif isinstance(content, dict):
-        refuse(f'found the keys {sorted(content)} and no "data"')
+        refuse(f'found the keys {_show(sorted(content))} and no "data"')
     else:
         label = "record"
     if not isinstance(content, list):
@@ -120,7 +128,7 @@ def _flatten(records: list[tuple[str, object]], faults: list[str]):
         first_kind = first_kind or kind
         if kind is None or kind != first_kind or (kind == "nested" and not where.startswith("data")):
             allowed = 'articles with "paragraphs" (under "data"), or rows with "context", "question"; one form a file'
-            faults.append(f"{where}: found the columns {sorted(record)}; allowed: {allowed}")
+            faults.append(f"{where}: found the columns {_show(sorted(record))}; allowed: {allowed}")
         elif kind == "flat":
             yield where, record
         else:
@@ -194,7 +202,10 @@ def _text_fault(where: str, key: str, value) -> str:
 
 
 def _show(value) -> str:
-    shown = ascii(value) if isinstance(value, str) and _SURROGATE.search(value) else repr(value)
+    try:
+        shown = ascii(value) if isinstance(value, str) and _SURROGATE.search(value) else repr(value)
+    except RecursionError:
+        shown = f"a {type(value).__name__}, nested too deeply"
     return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
@@ -228,9 +239,14 @@ def load_qa_datasets(
                 f"--dataset_name {dataset_name}: the hub cannot be reached, and the cache has no copy ({error}); "
                 "offline, pass SQuAD files with --train_file, --validation_file (and --test_file) instead"
             ) from error
+        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+            raise UserError(f"--dataset_name {dataset_name}: cannot be read ({error.__cause__ or error})") from error
         for split in on_hub:
             if split not in files and (splits is None or split in splits):
-                result[split] = _as_squad_columns(on_hub[split], f"--dataset_name {dataset_name}, split {split}")
+                name = f"--dataset_name {dataset_name}, split {split}"
+                result[split] = _as_squad_columns(on_hub[split], name)
+                for _ in _checked(name, _rows_of(result[split]), split != "test", []):
+                    pass
     for split, path in files.items():
         rows = load_squad_json(path, require_answers=split != "test")
         result[split] = datasets.Dataset.from_list(rows, features=SQUAD_FEATURES)
@@ -250,10 +266,25 @@ def _as_squad_columns(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
     lacking = set(COLUMNS) - {"title"} - set(dataset.column_names)
     if lacking or not isinstance(answers, dict) or not set(_ANSWERS) <= set(answers):
         raise UserError(
-            f"{name}: found the columns {dataset.column_names}, answers as {answers}; allowed: {_FLAT_ROW}. "
+            f"{name}: found the columns {_show(dataset.column_names)}, answers as {_show(answers)}; "
+            f"allowed: {_FLAT_ROW}. "
             "The official nested JSON goes to --train_file or --validation_file."
         )
     if "title" not in dataset.column_names:
         dataset = dataset.add_column("title", [""] * len(dataset))
     dataset = dataset.select_columns(COLUMNS)
-    return dataset if dataset.features == SQUAD_FEATURES else dataset.cast(SQUAD_FEATURES)
+    if dataset.features == SQUAD_FEATURES:
+        return dataset
+    try:
+        return dataset.cast(SQUAD_FEATURES)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, TypeError, ValueError) as error:
+        raise UserError(f"{name}: columns of other types ({error}); allowed: {_FLAT_ROW}") from error
+
+
+def _rows_of(dataset: datasets.Dataset):
+    """Yields (where, row); through Arrow in batches, which takes a second for SQuAD."""
+    number = 0
+    for batch in dataset.with_format("arrow").iter(batch_size=1000):
+        for row in batch.to_pylist():
+            yield f"row {number}", row
+            number += 1

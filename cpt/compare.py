@@ -4,7 +4,6 @@ python compare.py --runs results/compare --seeds 42 43 44
 """
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -12,6 +11,8 @@ import time
 from pathlib import Path
 
 from cyclic_precision_trainer import training_cost
+from models.errors import UserError
+from models.user_input import read_json
 from record import command_line, relative_path, run_record, write_json_atomic
 
 LABELS = {
@@ -26,9 +27,11 @@ METRICS = {"exact_match": "EM", "f1": "F1"}
 def load(path):
     """JSON of a file that an earlier step must have left."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return read_json(path)
     except FileNotFoundError:
         sys.exit(f"error: {path} is not there: let compare.sh finish, and pass the seeds that it ran")
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 def check_comparable(records):

@@ -13,7 +13,7 @@ import matplotlib
 import torch
 
 from models.modeling_gpt2_quant import QuantLinear
-from record import write_json_atomic
+from record import atomic_path, write_json_atomic
 from trainer_qa import QuestionAnsweringTrainer
 
 matplotlib.use("Agg")
@@ -44,9 +44,7 @@ def cyclic_bit_width(step, total_steps, num_cyclic_period, min_bits, max_bits, p
     Source: CPT Eq. 1; released code cpt_cifar/train.py.
     """
     if not 1 <= num_cyclic_period <= total_steps:
-        raise UserError(
-            f"num_cyclic_period = {num_cyclic_period}: allowed is 1 to the number of steps, {total_steps}"
-        )
+        raise UserError(f"num_cyclic_period = {num_cyclic_period}: allowed is 1 to the number of steps, {total_steps}")
     if min_bits > max_bits:
         raise UserError(f"min_bits = {min_bits} is above max_bits = {max_bits}")
     if step < 0:
@@ -77,7 +75,8 @@ def write_schedule(bits, folder, **settings):
     axes.step(range(len(bits)), bits, where="post", linewidth=1)
     axes.set(xlabel="optimizer step", ylabel="bits", title=f"mean {mean:.2f} bits")
     axes.yaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(os.path.join(folder, "schedule.png"), dpi=150)
+    with atomic_path(os.path.join(folder, "schedule.png")) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)
 
 

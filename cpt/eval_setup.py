@@ -3,11 +3,13 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 
-from models.bit_config import SHORT_FORM, short_name
+from models.bit_config import config_name
 from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
+from record import json_checksum
 from run_qa import open_model, option
 
 
@@ -37,16 +39,30 @@ def load_model(model_args, tokenizer, model_class=QuantGPT2ForQuestionAnswering)
 
 
 def model_checksum(model):
-    """sha256 over names and float32 bytes of all weights: base (or its exported codes), adapters and head."""
-    tensors = model.state_dict()
+    """sha256 over all that answers depend on: the config but for names, versions and bits; names and float32 bytes of
+    the weights: base (or its exported codes), adapters and head.
+    """
+    tensors, config = model.state_dict(), model.config.to_dict()
+    for key in ("transformers_version", "architectures", "_name_or_path", "base_model_name_or_path", "base_checksum"):
+        config.pop(key, None)
+    for key in ("bit_config", "trained_bit_configs"):
+        config.pop(key, None)
     for name, layer in model.quant_layers().items() if model.config.exported_widths else ():
         for bits, (codes, scale) in layer.stored_codes().items():
             tensors |= {f"{name}.codes.{bits}": codes, f"{name}.scale.{bits}": scale}
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json_checksum(config).encode())
     for name, value in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(value.detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()
+
+
+def tokenizer_checksum(tokenizer):
+    """sha256 over what turns text into token ids, without the truncation and padding of the last call."""
+    if not tokenizer.is_fast:
+        return json_checksum(tokenizer.get_vocab())
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    return json_checksum(rules | {"truncation": None, "padding": None})
 
 
 def trained_configs(model):
@@ -63,18 +79,13 @@ def resolve_configs(model, texts):
     A file is named by its stem (by its path where two stems agree), a width by its W-A-KV notation.
     """
     texts = list(dict.fromkeys(texts))
-    stems = [os.path.splitext(os.path.basename(text))[0] for text in texts]
+    names = [config_name(text) for text in texts]
     saved, configs, faults = model.config.bit_config, {}, []
-    for text, stem in zip(texts, stems, strict=True):
+    for text, name in zip(texts, names, strict=True):
         try:
-            with model.bit_config(
-                saved if text == "checkpoint" else int(text) if text.isdigit() else text
-            ) as resolved:
-                name = stem if stems.count(stem) == 1 else text
-                if text == "checkpoint" or SHORT_FORM.fullmatch(text):
+            with model.bit_config(saved if text == "checkpoint" else text) as resolved:
+                if names.count(name) > 1 and text != "checkpoint" and os.path.isfile(text):
                     name = text
-                elif text.isdigit():
-                    name = short_name(resolved)
                 configs[name if configs.get(name, resolved) == resolved else text] = resolved
         except (ValueError, OSError) as error:
             lines = str(error).splitlines()
@@ -85,16 +96,9 @@ def resolve_configs(model, texts):
     return configs
 
 
-def write_text_atomic(path, text):
-    """The file appears whole or not at all."""
-    with open(f"{path}.{os.getpid()}.tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(file.name, path)
-
-
-def data_identity(sources):
-    """What tells data sets apart, from wherever the script is started: the checksum of a file, else the hub's name."""
-    return {
-        split: {key: source[key] for key in ("examples", "sha256" if source["sha256"] else "source")}
-        for split, source in sources.items()
-    }
+def data_identity(examples):
+    """What tells data sets apart, wherever they come from: number and checksum of the examples."""
+    digest = hashlib.sha256()
+    for batch in examples.iter(1000):
+        digest.update(json_checksum(batch).encode())
+    return {"examples": len(examples), "sha256": digest.hexdigest()}

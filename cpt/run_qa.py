@@ -18,7 +18,6 @@ import functools
 import json
 import logging
 import os
-import shutil
 import sys
 import time
 import warnings
@@ -27,7 +26,7 @@ import datasets
 import evaluate
 import transformers
 from datasets.fingerprint import Hasher
-from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, TrainingArguments, set_seed
+from transformers import AutoTokenizer, DataCollatorWithPadding, TrainingArguments, set_seed
 from transformers.utils.versions import require_version
 
 import precision_range_test
@@ -41,20 +40,21 @@ from cyclic_precision_trainer import (
     training_cost,
     write_schedule,
 )
-from models.bit_config import ALLOWED_BITS, ALLOWED_TEXT, describe_bit_config, short_name
-from models.errors import UserError
+from flags import parse_args
+from models.bit_config import describe_bit_config, short_name
+from models.checkpoint import read_config
+from models.errors import UserError, is_disk_error
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
 from models.quantization import FLOAT_BITS, QUANTIZED_BITS
-from record import file_checksum, relative_path, run_record, write_json_atomic
+from record import file_checksum, hide_tokens, json_checksum, relative_path, run_record, write_json_atomic
+from resuming import OutputFolder, input_checksums, run_settings, tokenizer_checksum
 from squad_data import load_qa_datasets
-from trainer_qa import is_complete, last_complete_checkpoint
 from utils_qa import prepare_train_features, prepare_validation_features
 
 require_version("transformers>=5.23", "pip install -r requirements.txt")
 
 logger = logging.getLogger("run_qa")
 HERE = os.path.dirname(os.path.abspath(__file__))
-SETTINGS_FILE = "run_settings.json"
 
 
 # Copied from base_model/run_qa.py:option
@@ -62,7 +62,7 @@ def option(default, text, **kwargs):
     """A dataclass field with a help text."""
     aliases = {"aliases": kwargs.pop("aliases")} if "aliases" in kwargs else {}
     factory = {"default_factory": lambda: default} if isinstance(default, list) else {"default": default}
-    return dataclasses.field(**factory, metadata={"help": text, **aliases}, **kwargs)
+    return dataclasses.field(**factory, metadata={"help": text.replace("%", "%%"), **aliases}, **kwargs)
 
 
 @dataclasses.dataclass
@@ -76,8 +76,8 @@ class ModelArguments:
     model_revision: str = option("main", "branch, tag or commit on the hub")
     token: str | None = option(None, "hub token (default: the one of `hf auth login`)")
     attn_implementation: str | None = option(None, "eager, sdpa or another attention of transformers")
-    lora_r: int = option(8, "rank of the adapters")
-    lora_alpha: int = option(16, "scaling is lora_alpha / lora_r")
+    lora_r: int | None = option(None, "rank of the adapters (default: 8, or that of the checkpoint)")
+    lora_alpha: int | None = option(None, "scaling is lora_alpha / lora_r (default: 16, or that of the checkpoint)")
     execution: str | None = option(
         None,
         "how layers with W and A of at most 8 bits compute: integer (int8 products) or fake (quantized values in "
@@ -106,11 +106,12 @@ class CyclicArguments:
         aliases=["--eval_bit_width"],
     )
     precision_range_test: bool = option(
-        False, "no cycles: raise the width from 2 bits while training, report the lowest that learns, save no model"
+        False, "no cycles: train each width from 2 bits up from the same start, report the lowest that learns"
     )
     range_test_steps: int = option(100, "range test: optimizer steps a width (these replace --max_steps)")
-    range_test_window: int = option(25, "range test: steps whose accuracy is averaged at both ends of a width")
-    range_test_threshold: float = option(0.02, "range test: accuracy that a width must gain from one end to the other")
+    range_test_window: int = option(25, "range test: first batches and last steps whose accuracy is averaged")
+    range_test_threshold: float = option(0.02, "range test: accuracy that the highest width must gain, or no verdict")
+    range_test_share: float = option(0.6, "range test: the lowest width gains so much of what the highest one gains")
 
 
 # Copied from base_model/run_qa.py:DataTrainingArguments
@@ -140,18 +141,6 @@ class DataTrainingArguments:
     record_file: str | None = option(None, "where the run's JSON record goes (default: record.json in --output_dir)")
 
 
-# Copied from base_model/run_qa.py:parse_args
-def parse_args(*dataclass_types):
-    """One instance of each dataclass, from the command line or from one JSON file."""
-    parser = HfArgumentParser(dataclass_types)
-    try:
-        if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-            return parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
-        return parser.parse_args_into_dataclasses()
-    except (ValueError, TypeError, ImportError) as error:  # of the flags themselves: nothing has run yet
-        raise UserError(error) from error
-
-
 # Copied from base_model/run_qa.py:setup_logging
 def setup_logging(training_args):
     """INFO on rank 0, warnings elsewhere."""
@@ -179,10 +168,6 @@ def check_args(cyclic_args, training_args):
         )
     if widths[0] > widths[1]:
         raise UserError(f"--bit_widths {widths[0]} {widths[1]}: the lowest width comes first")
-    named = {"fixed_bits": [cyclic_args.fixed_bits], "eval_bit_widths": cyclic_args.eval_bit_widths or []}
-    for flag, bits in named.items():
-        if not set(bits) <= set(ALLOWED_BITS):
-            raise UserError(f"--{flag} {' '.join(map(str, bits))}: allowed are {ALLOWED_TEXT}")
     if not cyclic_args.cycle or not set(cyclic_args.cycle) <= set(TENSORS):
         raise UserError(f"--cycle {' '.join(cyclic_args.cycle)}: allowed are {', '.join(TENSORS)}")
     if cyclic_args.period not in PERIODS:
@@ -196,6 +181,11 @@ def check_args(cyclic_args, training_args):
             raise UserError(
                 f"--range_test_window {cyclic_args.range_test_window}: allowed are 2 to half of --range_test_steps "
                 f"{cyclic_args.range_test_steps}"
+            )
+        if not 0 < cyclic_args.range_test_share <= 1 or not cyclic_args.range_test_threshold >= 0:
+            raise UserError(
+                f"--range_test_share {cyclic_args.range_test_share}, --range_test_threshold "
+                f"{cyclic_args.range_test_threshold}: allowed are above 0 up to 1, and 0 or more"
             )
         if widths[1] in FLOAT_BITS:
             raise UserError(
@@ -211,61 +201,22 @@ def check_args(cyclic_args, training_args):
             )
 
 
-# Copied from base_model/run_qa.py:starting_checkpoint
-def starting_checkpoint(training_args, overwrite, settings):
-    """The checkpoint to resume from, None for a fresh start.
-
-    Raises ValueError when the output folder holds other things, an incomplete checkpoint was asked for, or the run
-    that left the folder had other settings.
-    """
-    folder, asked = training_args.output_dir, training_args.resume_from_checkpoint
-    if not training_args.do_train:
-        return None
-    if asked and asked not in ("True", "true"):
-        if not os.path.isdir(asked) or not is_complete(asked):
-            raise UserError(f"--resume_from_checkpoint {asked}: not a complete checkpoint")
-        return asked
-    content = os.listdir(folder) if os.path.isdir(folder) else []
-    if overwrite or not content:
-        return None
-    if SETTINGS_FILE not in content:
-        raise UserError(
-            f"--output_dir {folder} is not empty and no run of this script: pass --overwrite_output_dir, "
-            "--resume_from_checkpoint or another --output_dir"
-        )
-    with open(os.path.join(folder, SETTINGS_FILE), encoding="utf-8") as file:
-        before = json.load(file)
-    changed = [
-        f"{key}: {before.get(key)!r} then, {now!r} now" for key, now in settings.items() if before.get(key) != now
-    ]
-    if changed:
-        raise UserError(
-            f"--output_dir {folder} holds a run with other settings ({'; '.join(changed)}): pass "
-            "--overwrite_output_dir to start over, or another --output_dir"
-        )
-    checkpoint = last_complete_checkpoint(folder)
-    logger.info("resuming from %s", checkpoint or "the start: no complete checkpoint was left")
-    return checkpoint
-
-
-# Copied from base_model/run_qa.py:start_output_dir
-def start_output_dir(training_args, settings, resumed):
-    """Make the output folder of this run; a fresh start removes what an earlier run left to resume from."""
-    if training_args.process_index == 0:
-        os.makedirs(training_args.output_dir, exist_ok=True)
-        if training_args.do_train and not resumed:
-            for name in os.listdir(training_args.output_dir):
-                if name.startswith("checkpoint-"):
-                    shutil.rmtree(os.path.join(training_args.output_dir, name))
-            write_json_atomic(os.path.join(training_args.output_dir, SETTINGS_FILE), settings)
-
-
 # Copied from base_model/run_qa.py:load_tokenizer
 def load_tokenizer(model_args):
-    """The tokenizer; GPT-2 has no pad token, so padding uses its end-of-text token (masked, never scored)."""
+    """The tokenizer; GPT-2 has no pad token, so padding uses its end-of-text token (masked, never scored).
+
+    Raises ValueError for tokenizer files, or a config.json beside them, that do not work; OSError for none.
+    """
     name = model_args.tokenizer_name or model_args.model_name_or_path
     options = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    if not model_args.tokenizer_name:
+        read_config(str(name), options)  # the tokenizer's class may come from it
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # faulty files raise any class, that of tokenizers is Exception itself
+        raise UserError(f"{name}: its tokenizer does not open ({type(error).__name__}: {error})") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"  # where a causal model does not look; positions count from the text's start
@@ -276,7 +227,8 @@ def load_tokenizer(model_args):
 def open_model(model_class, model_args, tokenizer, training=False, **overrides):
     """The model of --model_name_or_path, complete with its adapters.
 
-    Raises ValueError for a tokenizer that is not the model's, and for training on an exported checkpoint.
+    Raises ValueError for a tokenizer that is not the model's, for adapters of another --lora_r or --lora_alpha, and
+    for training on an exported checkpoint.
     """
     options = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
     if model_args.attn_implementation:
@@ -292,11 +244,22 @@ def open_model(model_class, model_args, tokenizer, training=False, **overrides):
             f"the tokenizer has {len(tokenizer)} tokens, the embedding of {model_args.model_name_or_path} "
             f"{model.config.vocab_size}: they do not belong together (--tokenizer_name)"
         )
+    for key in ("lora_r", "lora_alpha") if model.config.lora_bank else ():
+        asked, found = getattr(model_args, key, None), getattr(model.config, key)
+        if asked not in (None, found):
+            raise UserError(
+                f"--{key} {asked}, but the adapters of {model_args.model_name_or_path} have {key} {found}: leave the "
+                "flag out, or start from a model without adapters"
+            )
     if training and model.config.exported_widths:
         raise UserError(
             f"{model_args.model_name_or_path} is an exported checkpoint without float weights: it can be evaluated; "
             "train the checkpoint that it was made from"
         )
+    if not training:  # only of frozen weights codes are kept from one forward to the next
+        for layer in model.quant_layers().values():
+            if layer.weight is not None:
+                layer.weight.requires_grad_(False)
     return model
 
 
@@ -354,7 +317,7 @@ def load_data(data_args, splits, model_args):
         sources[split] = {
             "source": relative_path(path) if path else data_args.dataset_name,
             "examples": len(examples[split]),
-            "sha256": file_checksum(path) if path else None,
+            "sha256": file_checksum(path) if path else json_checksum(examples[split][:]),
         }
     return examples, sources
 
@@ -375,8 +338,8 @@ def build_features(examples, split, source, tokenizer, data_args, training_args,
     cache_file = None
     if source["sha256"]:
         code = file_checksum(os.path.join(HERE, "utils_qa.py"))
-        vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None  # a slow one is refused later
-        name = Hasher.hash([split, source["sha256"], len(examples), sorted(settings.items()), code, vocabulary])
+        parts = [split, source["sha256"], len(examples), sorted(settings.items()), code, tokenizer_checksum(tokenizer)]
+        name = Hasher.hash(parts)
         cache_file = os.path.join(datasets.config.HF_DATASETS_CACHE, "qa_features", f"{name}.arrow")
         os.makedirs(os.path.dirname(cache_file), exist_ok=True)
     with training_args.main_process_first(desc=f"features of {split}"):
@@ -429,7 +392,7 @@ def needed_splits(training_args):
 
 
 # Copied from base_model/run_qa.py:run
-def run(trainer, resume, examples, features, training_args):
+def run(trainer, folder, examples, features, training_args):
     """Train, evaluate, predict as asked for; returns all metrics."""
     metrics = {}
     if training_args.do_train:
@@ -439,12 +402,7 @@ def run(trainer, resume, examples, features, training_args):
             f"batch: {batch} a process x {accumulated} accumulated x {processes} processes = "
             f"{batch * accumulated * processes} windows a step"
         )
-        result = trainer.train(resume_from_checkpoint=resume)
-        trainer.save_model()
-        trainer.save_state()
-        metrics |= result.metrics
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
+        metrics |= trainer.train_or_load(folder)
     if training_args.do_eval:
         scores = trainer.evaluate()
         metrics |= scores
@@ -464,16 +422,17 @@ def plain_errors():
     """What a user or a disk did ends the script with one message; any other error shows its traceback."""
     try:
         yield
-    except (UserError, OSError, FloatingPointError) as error:
-        logger.debug("", exc_info=True)
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        if not (isinstance(error, UserError | FloatingPointError) or is_disk_error(error)):
+            raise
+        sys.exit(hide_tokens(f"error: {error}"))
 
 
 def make_schedule(cyclic_args, steps):
-    """[bits] of all optimizer steps."""
-    if cyclic_args.precision_range_test:
-        return [precision_range_test.range_test_bit_width(t, cyclic_args.range_test_steps) for t in range(steps)]
+    """[bits] of all optimizer steps; `steps`: --max_steps."""
     cycles, (low, high) = cyclic_args.num_cyclic_period, cyclic_args.bit_widths
+    if cyclic_args.precision_range_test:  # so many steps for each width
+        return [bits for bits in range(low, high + 1) for _ in range(steps)]
     return [cyclic_bit_width(t, steps, cycles, low, high, cyclic_args.period) for t in range(steps)]
 
 
@@ -497,19 +456,20 @@ def describe_training(schedule, cyclic_args, training_args):
 
 
 def run_range_test(trainer, cyclic_args, training_args):
-    """Train through the widths and report; returns the metrics of the record."""
-    result = trainer.train()
+    """Train the widths and report; returns the metrics of the record."""
+    starts, accuracies, seconds = trainer.train_widths(cyclic_args.range_test_window)
     min_bits, lines = precision_range_test.report(
-        trainer.accuracies(),
-        cyclic_args.range_test_steps,
+        starts,
+        accuracies,
         cyclic_args.range_test_window,
         cyclic_args.range_test_threshold,
+        cyclic_args.range_test_share,
         training_args.output_dir,
         write=trainer.is_world_process_zero(),
     )
     if trainer.is_world_process_zero():
         print("\n".join(lines), flush=True)
-    return result.metrics | {"min_bits": min_bits}
+    return {"train_runtime": seconds, "min_bits": min_bits}
 
 
 def main():
@@ -521,11 +481,8 @@ def main():
     check_args(cyclic_args, training_args)
     if cyclic_args.precision_range_test:
         precision_range_test.prepare_arguments(cyclic_args, training_args)
-    settings = dataclasses.asdict(model_args) | dataclasses.asdict(cyclic_args)
-    settings |= {"token": None, "cache_dir": None, "eval_bit_widths": None}
-    settings |= {"seed": training_args.seed, "question_separator": data_args.question_separator}
-    settings |= {"max_steps": training_args.max_steps}
-    resume = starting_checkpoint(training_args, data_args.overwrite_output_dir, settings)
+    settings = run_settings(model_args, data_args, cyclic_args, training_args)
+    folder = OutputFolder(training_args, data_args.overwrite_output_dir, settings)
     set_seed(training_args.seed)
 
     tokenizer = load_tokenizer(model_args)
@@ -540,7 +497,8 @@ def main():
     }
     if cyclic_args.gradient_bits < 32:
         quantize_output_gradients(model, cyclic_args.gradient_bits)
-    start_output_dir(training_args, settings, resume)
+    if training_args.do_train:
+        folder.start(**input_checksums(model, tokenizer, sources))
     range_test = cyclic_args.precision_range_test
     schedule = make_schedule(cyclic_args, training_args.max_steps) if training_args.do_train else []
     trainer_class = precision_range_test.RangeTestTrainer if range_test else CyclicPrecisionTrainer
@@ -565,7 +523,7 @@ def main():
     if range_test:
         metrics = run_range_test(trainer, cyclic_args, training_args)
     else:
-        metrics = run(trainer, resume, examples, features, training_args)
+        metrics = run(trainer, folder, examples, features, training_args)
     if trainer.is_world_process_zero():
         record = run_record(
             model=relative_path(model_args.model_name_or_path),
@@ -575,6 +533,7 @@ def main():
             seed=training_args.seed,
             wall_seconds=time.time() - start,
             steps=trainer.state.global_step,
+            continues=folder.continues,
             dtype="bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32",
             **training,
         )

@@ -28,13 +28,21 @@ from eval_setup import (
     load_model,
     model_checksum,
     resolve_configs,
+    tokenizer_checksum,
     trained_configs,
-    write_text_atomic,
 )
 from eval_stats import compare, markdown_table, with_interval
 from models.bit_config import describe_bit_config
 from models.errors import UserError
-from record import relative_path, run_record, write_json_atomic
+from record import (
+    file_checksum,
+    read_state,
+    relative_path,
+    run_record,
+    write_json_atomic,
+    write_state,
+    write_text_atomic,
+)
 from run_qa import (
     DataTrainingArguments,
     build_features,
@@ -79,7 +87,7 @@ class Evaluator:
     def __init__(self, model, tokenizer, model_args, data_args, training_args, overwrite):
         self.model, self.model_args, self.training_args = model, model_args, training_args
         self.folder, self.overwrite = training_args.output_dir, overwrite
-        self.fresh = {}  # {digest: folder} of this run
+        self.fresh = {}  # {digest: record} of this run
         examples, self.sources = load_data(data_args, ["validation"], model_args)
         self.examples, positions = examples["validation"], model.config.max_position_embeddings
         self.references = {row["id"]: row["answers"]["text"] for row in self.examples}
@@ -88,13 +96,15 @@ class Evaluator:
         )
         half = [name for name in ("bf16", "fp16") if getattr(training_args, name)]
         full_half = [name for name in ("bf16_full_eval", "fp16_full_eval") if getattr(training_args, name)]
-        self.dtype = (full_half + half + ["fp32"])[0]
-        names = ("max_seq_length", "doc_stride", "question_separator", "max_answer_length")
+        self.dtype = "+".join(full_half + half) or "fp32"
+        names = ("max_seq_length", "doc_stride", "question_separator", "max_answer_length", "n_best_size")
         self.identity = {  # what the answers depend on, besides the config
             "model_sha256": model_checksum(model),
-            "data": data_identity(self.sources),
+            "tokenizer_sha256": tokenizer_checksum(tokenizer),
+            "data": data_identity(self.examples),
             "dtype": self.dtype,
             "execution": model_args.execution,
+            "attention": model.config._attn_implementation,
             **{name: getattr(data_args, name) for name in names},
         }
         self.trainer = QuestionAnsweringTrainer(
@@ -112,35 +122,34 @@ class Evaluator:
         return hashlib.sha256(json.dumps([self.identity, resolved], sort_keys=True).encode()).hexdigest()[:12]
 
     def existing(self, digest):
-        """Folder with the complete record of this digest, whatever name the config had; None without one."""
+        """The record of this digest with its predictions, whatever name the config had; None without a whole one."""
         if digest in self.fresh:
             return self.fresh[digest]
-        folders = [] if self.overwrite else glob.glob(os.path.join(glob.escape(self.folder), f"*-{digest}"))
-        complete = sorted(folder for folder in folders if os.path.isfile(os.path.join(folder, "record.json")))
-        return broadcast_object_list([complete[0] if complete else None])[0]  # rank 0 decides for all
+        found = None
+        if self.trainer.is_world_process_zero() and not self.overwrite:  # rank 0 decides for all
+            folders = sorted(glob.glob(os.path.join(glob.escape(self.folder), f"*-{digest}")))
+            found = next(filter(None, map(load_record, folders)), None)
+        return broadcast_object_list([found])[0]
 
     def evaluate_all(self, configs):
         """{name: record} of {name: resolved}; what has a record already is not evaluated again."""
         records = {}
         for name, resolved in configs.items():
-            digest = self.digest(resolved)
-            if folder := self.existing(digest):
-                logger.info("%s: has a record in %s", name, folder)
-                records[name] = load_record(folder)
-            else:
-                records[name] = self.evaluate(name, resolved)
+            records[name] = self.existing(self.digest(resolved)) or self.evaluate(name, resolved)
         return records
 
     def evaluate(self, name, resolved):
         """The record of one config, with its predictions {id: text}."""
         start, digest = time.time(), self.digest(resolved)
-        folder = os.path.join(self.folder, f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}-{digest}")
+        # the digest alone tells configs apart: names may agree in what is replaced or cut off
+        folder = os.path.join(self.folder, f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)[:100]}-{digest}")
         self.training_args.output_dir = folder  # where the trainer writes the predictions
         try:
             with self.model.bit_config(resolved):
                 texts, metrics = self.trainer.predict(self.features, self.examples, metric_key_prefix="eval")
         finally:
             self.training_args.output_dir = self.folder
+        files = ("eval_predictions.json", "eval_nbest_predictions.json")
         record = run_record(
             model=relative_path(self.model_args.model_name_or_path),
             bit_config={
@@ -157,10 +166,11 @@ class Evaluator:
             identity=self.identity,
         )
         if self.trainer.is_world_process_zero():  # after the predictions: a folder with a record is complete
-            write_json_atomic(os.path.join(folder, "record.json"), record)
+            record["files"] = {file: file_checksum(os.path.join(folder, file)) for file in files}
+            write_state(os.path.join(folder, "record.json"), record)
         logger.info("%s: EM %.2f, F1 %.2f", name, metrics["eval_exact_match"], metrics["eval_f1"])
-        self.fresh[digest] = folder
-        return {**record, "predictions": texts}
+        self.fresh[digest] = {**record, "predictions": texts}
+        return self.fresh[digest]
 
     def table(self, records, reference, num_bootstrap):
         """One row per config: size, cost, scores with intervals, drops against `reference` (a name), seconds."""
@@ -169,12 +179,12 @@ class Evaluator:
             for name, record in records.items()
         }
         statistics = compare(scores, reference, num_bootstrap, self.training_args.seed)
-        unit = records[reference]["bit_config"]["bitops_per_token"]
+        unit, shapes = records[reference]["bit_config"]["bitops_per_token"], self.model.layer_shapes()
         return [
             {
                 "config": name,
                 "average_w_bits": record["bit_config"]["average_w_bits"],
-                "weight_mb": record["bit_config"]["weight_bytes"] / 1e6,
+                "weight_mb": describe_bit_config(record["bit_config"]["layers"], shapes)["weight_bytes"] / 1e6,
                 "relative_bitops": record["bit_config"]["bitops_per_token"] / unit,
                 **statistics[name],
                 "seconds": record["wall_seconds"],
@@ -184,9 +194,16 @@ class Evaluator:
 
 
 def load_record(folder):
-    """A record with its predictions, as `Evaluator.evaluate` left them."""
-    with open(os.path.join(folder, "record.json"), encoding="utf-8") as file:
-        record = json.load(file)
+    """A record with its predictions, as `Evaluator.evaluate` left them; None where a file lacks or is damaged."""
+    record = read_state(os.path.join(folder, "record.json"))
+    if record is None:
+        return None
+    for name, checksum in record["files"].items():
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path) or file_checksum(path) != checksum:
+            logger.warning("%s: missing or damaged; its config is evaluated again", path)
+            return None
+    logger.info("%s has a record", folder)
     with open(os.path.join(folder, "eval_predictions.json"), encoding="utf-8") as file:
         return {**record, "predictions": json.load(file)}
 
@@ -209,7 +226,7 @@ def table_lines(rows, reference):
     ]
     caption = (
         f"Drops, BitOPs and p (exact McNemar test of EM) are against {reference}; [95 % bootstrap interval over "
-        "questions]; MB: linear weights at their bits, with scales."
+        "questions]; MB: linear weights as they are stored, with scales (up to 4 bits two a byte, above that one)."
     )
     return [*markdown_table(header, cells), "", caption]
 
@@ -228,6 +245,7 @@ def main():
     configs = resolve_configs(model, [first, *asked])
     reference = next(iter(configs))
     evaluator = Evaluator(model, tokenizer, model_args, data_args, training_args, data_args.overwrite_output_dir)
+    model.keep_only_codes(configs.values())  # once the identity of the records has the checksum of the weights
     rows = evaluator.table(evaluator.evaluate_all(configs), reference, model_args.num_bootstrap)
     if evaluator.trainer.is_world_process_zero():
         lines = table_lines(rows, reference)

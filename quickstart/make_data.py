@@ -223,11 +223,11 @@ def sha256(data: bytes) -> str:
 def is_up_to_date(folder: Path, arguments: dict) -> bool:
     """Whether the manifest in `folder` has these arguments and the files have its checksums."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8-sig"))
         return manifest["arguments"] == arguments and all(
             sha256((folder / name).read_bytes()) == checksum for name, checksum in manifest["files"].items()
         )
-    except (FileNotFoundError, KeyError, json.JSONDecodeError):
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
         return False
 
 
@@ -249,6 +249,8 @@ def main():
     args = parser.parse_args()
     if min(args.train_paragraphs, args.dev_paragraphs, args.pretrain_documents) < 1 or not 1 <= args.questions <= 6:
         parser.error("sizes must be at least 1, and --questions 1 to 6")
+    if not 0 <= args.shared <= 1:
+        parser.error(f"--shared {args.shared}: a fraction, 0 to 1")
     if args.output_dir.exists() and not args.output_dir.is_dir():
         parser.error(f"--output_dir {args.output_dir} is a file, not a folder")
 

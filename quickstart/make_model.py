@@ -15,6 +15,7 @@ small for a width of 128 (1/sqrt(128) is 0.09) and learned more slowly.
 import argparse
 import hashlib
 import json
+import math
 import os
 import random
 import tempfile
@@ -49,13 +50,20 @@ def read_documents(path: Path) -> list:
     """Returns the documents of a text file (separated by blank lines) or of JSON lines (key "text").
 
     Raises: ValueError naming file and line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # without the byte-order mark that some editors put first
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+    if not text.strip():
+        raise ValueError(f"{path}: no text in it")
     if path.suffix != ".jsonl":
-        return path.read_text(encoding="utf-8").strip().split("\n\n")
+        return text.strip().split("\n\n")
     documents = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.strip().split("\n"), 1):
         try:
             documents.append(json.loads(line)["text"])
-        except (json.JSONDecodeError, KeyError, TypeError):
+            documents[-1].encode("utf-8")  # refuses lone surrogates, and what is no text
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f'{path}, line {number}: want a JSON object with "text", found {line[:60]!r}') from None
     return documents
 
@@ -120,6 +128,18 @@ def main():
         parser.error(f"--tokenizer {args.tokenizer} is not a folder")
     if args.output_dir.exists() and not args.output_dir.is_dir():
         parser.error(f"--output_dir {args.output_dir} is a file, not a folder")
+    for flag, least in {
+        "n_layer": 1,
+        "n_embd": 1,
+        "n_head": 1,
+        "vocab_size": 257,
+        "max_steps": 1,
+        "batch_size": 1,
+    }.items():
+        if getattr(args, flag) < least:
+            parser.error(f"--{flag} {getattr(args, flag)}: must be at least {least}")
+    if not 0 < args.learning_rate < math.inf:
+        parser.error(f"--learning_rate {args.learning_rate}: must be a number above 0")
     if args.n_embd % args.n_head:
         parser.error(f"--n_embd {args.n_embd} is not a multiple of --n_head {args.n_head}")
 
@@ -138,7 +158,9 @@ def main():
     torch.manual_seed(args.seed)
     try:
         documents = read_documents(text_file)
-    except ValueError as error:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.output_dir).close()  # before minutes of training, not after
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     tokenizer = loaded if args.tokenizer else train_tokenizer(documents[:8000], args.vocab_size)
     end = tokenizer.eos_token_id
@@ -161,7 +183,6 @@ def main():
     pretrain(model, sequences, args)
 
     # The files move in from a temporary folder, the manifest last, so a killed run leaves no folder that looks ready.
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     manifest_file.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output_dir) as part:
         model.save_pretrained(part)

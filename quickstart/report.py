@@ -26,10 +26,15 @@ ROWS = {
 }
 
 
+def load(path):
+    """JSON of a record."""
+    return json.loads(path.read_text(encoding="utf-8-sig"))
+
+
 def read_rows(records):
     """[(label, weight bits, EM, F1, EM drop against float32 LoRA, wall seconds)] of the records that are there."""
     paths = {name: records / f"{name}.json" for name in ROWS}
-    found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    found = {name: load(path) for name, path in paths.items() if path.exists()}
     if "lora_fp32" not in found:
         raise SystemExit(f"error: {records} has no lora_fp32.json; run bash quickstart/run.sh first")
     reference = found["lora_fp32"]["metrics"]["eval_exact_match"]
@@ -156,7 +161,7 @@ def main():
     args = parser.parse_args()
     for name, path, make in (("attack", args.attack, attack_table), ("benchmark", args.benchmark, benchmark_table)):
         if path:
-            text = f"{make(json.loads(path.read_text()))}\n"
+            text = f"{make(json.loads(path.read_text(encoding='utf-8-sig')))}\n"
             if args.readme:
                 write_into(args.readme, text, name)
             print(text)
@@ -168,7 +173,7 @@ def main():
     tables = {"switch_eval": switchable_table, "cpt_eval": cyclic_table, "attack_rpi": quick_attack_table}
     for name, make in tables.items():
         if (args.records / f"{name}.json").exists():
-            text += f"\n{make(json.loads((args.records / f'{name}.json').read_text()))}\n"
+            text += f"\n{make(load(args.records / f'{name}.json'))}\n"
     (args.output_dir / "quickstart.md").write_text(text)
     plot(rows, args.output_dir / "quickstart.png")
     if args.readme:

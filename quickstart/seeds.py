@@ -29,7 +29,7 @@ METHODS = {
 def load(path):
     if not path.exists():
         raise SystemExit(f"error: {path} is not there: let quickstart/seeds.sh finish, and pass the seeds that it ran")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def spread(values):

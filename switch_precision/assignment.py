@@ -1,11 +1,10 @@
 """Choosing a width for every linear under a budget: exact for additive costs, with the moves of a local search.
 
 A choice is a tuple with the index of an option per linear; `cost` and `resource` are (linears, options) arrays, and a
-choice fits when the sum of its resources is at most the budget. Resources are integers (bits, or MACs x bits x bits),
-so that no rounding of the solver can exceed the budget. `Problem` makes these arrays from a sensitivity record.
+choice fits when the sum of its resources is at most the budget. Resources are integers (bits, bytes, or MACs x bits x
+bits), so that no rounding of the solver can exceed the budget. `Problem` makes these arrays from a sensitivity record.
 """
 
-import json
 import os
 
 import numpy as np
@@ -13,7 +12,9 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import kron
 
 from eval_setup import resolve_configs
+from models.bit_config import stored_bytes
 from models.errors import UserError
+from record import load_state
 
 BUDGETS = ("average_bits", "weight_mb", "bitops")
 
@@ -23,8 +24,8 @@ def resources(kind, options, shapes):
 
     Args: kind: one of BUDGETS. options: {linear: [its entry in a resolved config, ...]}; option 0 is the reference.
         shapes: {linear: (out, in)}.
-    Returns: (linears, options) int64, and the factor: average_bits: weights; weight_mb: 8e6 bits (codes, and a float32
-        scale per output channel unless 16 or 32 bits); bitops: the reference's MACs x w_bits x a_bits.
+    Returns: (linears, options) int64, and the factor: average_bits: weights; weight_mb: 1e6 bytes, as
+        stored; bitops: the reference's MACs x w_bits x a_bits.
     """
     table = []
     for layer, entries in options.items():
@@ -32,27 +33,26 @@ def resources(kind, options, shapes):
         row = []
         for bits in entries:
             each = bits["w_bits"] * (bits["a_bits"] if kind == "bitops" else 1)
-            scales = 32 * out if kind == "weight_mb" and bits["w_bits"] < 16 else 0
-            row.append(out * inp * each + scales)
+            row.append(stored_bytes(bits["w_bits"], out, inp) if kind == "weight_mb" else out * inp * each)
         table.append(row)
     table = np.array(table, dtype=np.int64)
     weights = sum(shapes[layer][0] * shapes[layer][1] for layer in options)
-    return table, {"average_bits": weights, "weight_mb": 8e6, "bitops": table[:, 0].sum()}[kind]
+    return table, {"average_bits": weights, "weight_mb": 1e6, "bitops": table[:, 0].sum()}[kind]
 
 
 def read_sensitivity(path, checksum):
-    """The record of sensitivity.py; refused when it is missing, something else, or of another checkpoint."""
+    """The record of sensitivity.py; refused when it is missing, damaged, something else, or of another checkpoint."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--sensitivity_file {path}: no such file; sweep.sh (sensitivity.py) makes it")
-    with open(path, encoding="utf-8") as file:
-        try:
-            record = json.load(file)
-            found = record["identity"]["model_sha256"], record["flips"], record["identity"]["low_bits"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"--sensitivity_file {path}: not a record of sensitivity.py ({error!r})") from None
-    if found[0] != checksum:
+    try:
+        record = load_state(path)
+        found = record["identity"]["model_sha256"]
+    except (UserError, KeyError, TypeError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"--sensitivity_file {path}: not a record of sensitivity.py ({reason})") from None
+    if found != checksum:
         raise UserError(
-            f"--sensitivity_file {path}: swept a checkpoint with checksum {found[0][:16]}..., this one has "
+            f"--sensitivity_file {path}: swept a checkpoint with checksum {found[:16]}..., this one has "
             f"{checksum[:16]}...: run sweep.sh on it"
         )
     return record
@@ -73,9 +73,7 @@ class Problem:
                 )
             self.names = [name for name, resolved in swept.items() if resolved in asked.values()]
             if len(self.names) < 2 or identity["reference_config"] not in asked.values():
-                raise UserError(
-                    f"--bit_widths: allowed are {next(iter(swept))} (the reference) and one more at least"
-                )
+                raise UserError(f"--bit_widths: allowed are {next(iter(swept))} (the reference) and one more at least")
         else:
             self.names = list(swept)
         if lacking := [key for key, flip in flips.items() if flip["kind"] == "layer" and score not in flip]:

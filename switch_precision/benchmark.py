@@ -28,12 +28,12 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import peers
-from eval_setup import write_text_atomic
 from eval_stats import markdown_table
 from models.bit_config import describe_bit_config
 from models.errors import UserError
+from models.user_input import read_json
 from plots import plt, save
-from record import relative_path, run_record, write_json_atomic
+from record import relative_path, run_record, write_json_atomic, write_text_atomic
 from run_qa import option, parse_args, plain_errors
 
 logger = logging.getLogger("benchmark")
@@ -99,8 +99,7 @@ def read_eval_record(path):
     if not os.path.isfile(path):
         raise UserError(f"--eval_record {path}: no such file")
     try:
-        with open(path, encoding="utf-8") as file:
-            record = json.load(file)
+        record = read_json(path)
         layers = record["bit_config"]["layers"]
         return [(layers[row["config"]], row["exact_match"]) for row in record["rows"]]
     except (ValueError, KeyError, TypeError) as error:
@@ -233,7 +232,7 @@ def caption_lines(args, model, configs, disturbed, versions, left_out):
         lines.append(
             "Peak: of a run, in a process of its own, above the state before loading (with what a compiler "
             "keeps); linears: their weights and scales, as held; file: all that serving needs, ours integer as "
-            "export.py writes it (embeddings in float16), the others as their own weights are."
+            "export.py writes it (embeddings in float32), the others as their own weights are."
         )
     if len(configs) > 1 and not args.training:
         size = peers.exported_size(model, list(configs.values()))

@@ -6,14 +6,18 @@
     python export.py --model_name_or_path results/train --bit_configs 8 4 --output_dir results/both     # switchable
 
 The folder opens like any checkpoint (run_qa_eval.py, from_pretrained) and needs neither the frozen base nor float32
-weights. It opens at the first config, and serves every assignment of the widths that it has.
+weights. It opens at the first config, and serves every assignment of the widths that it has. With --validation_file or
+--dataset_name, its answers are compared with those of the checkpoint, and the record says how many differ.
 """
 
 import dataclasses
 import os
+import tempfile
 import time
 
-from transformers import HfArgumentParser
+import torch
+from accelerate import PartialState
+from transformers import TrainingArguments
 
 from eval_setup import CheckpointArguments, load_model, resolve_configs, trained_configs
 from models.errors import UserError
@@ -24,7 +28,8 @@ from models.modeling_gpt2_quant import (
     QuantGPT2LMHeadModel,
 )
 from record import relative_path, run_record, write_json_atomic
-from run_qa import load_tokenizer, option, plain_errors
+from run_qa import load_tokenizer, option, parse_args, plain_errors, setup_logging
+from run_qa_eval import EvalDataArguments, Evaluator
 
 HEADS = {
     head.__name__: head
@@ -42,28 +47,80 @@ class ExportArguments(CheckpointArguments):
         'configs to serve: JSON files, short forms as W4A8KV8, or widths as 8; "checkpoint": as saved '
         "(default: what it was trained for)",
     )
+    embeddings: str = option("float32", "float32, or float16: half the size, but rounded, so that answers may change")
     head: str = option("QuantGPT2ForQuestionAnswering", f"class of the checkpoint: {', '.join(HEADS)}")
+    per_device_eval_batch_size: int = option(16, "windows in a batch of the comparison")
+
+
+@dataclasses.dataclass
+class ExportDataArguments(EvalDataArguments):
+    """The questions whose answers before and after the export are compared, if any."""
+
+    max_eval_samples: int | None = option(800, "compare so many questions")
     overwrite_output_dir: bool = option(False, "write into a folder that holds a checkpoint already")
     record_file: str | None = option(None, "where the JSON record goes (default: export.json in --output_dir)")
 
 
-def check_args(args):
+def check_args(args, data_args):
     if not args.output_dir:
         raise UserError("--output_dir is missing: the folder that the deployable checkpoint goes to")
     if args.head not in HEADS:
         raise UserError(f"--head {args.head}: allowed are {', '.join(HEADS)}")
+    if args.embeddings not in ("float32", "float16"):
+        raise UserError(f"--embeddings {args.embeddings}: allowed are float32, float16")
+    if measures(data_args) and args.head != "QuantGPT2ForQuestionAnswering":
+        raise UserError(
+            f"--validation_file, --dataset_name: answers are compared for question answering, not {args.head}"
+        )
+    for flag, value in {
+        "max_eval_samples": data_args.max_eval_samples,
+        "per_device_eval_batch_size": args.per_device_eval_batch_size,
+    }.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} {value}: must be at least 1")
     if os.path.isdir(args.model_name_or_path) and os.path.realpath(args.output_dir) == os.path.realpath(
         args.model_name_or_path
     ):
         raise UserError(f"--output_dir {args.output_dir} is the checkpoint itself, which would be lost")
-    if os.path.exists(os.path.join(args.output_dir, "config.json")) and not args.overwrite_output_dir:
+    if os.path.exists(os.path.join(args.output_dir, "config.json")) and not data_args.overwrite_output_dir:
         raise UserError(f"--output_dir {args.output_dir} holds a checkpoint: pass --overwrite_output_dir")
+
+
+def measures(data_args):
+    """Whether there is data to compare answers on."""
+    return bool(data_args.validation_file or data_args.dataset_name)
+
+
+def answers(model, tokenizer, args, data_args, configs):
+    """({config: {id: text}}, {config: EM}, source of the data) of a model."""
+    with tempfile.TemporaryDirectory() as scratch:
+        training_args = TrainingArguments(
+            scratch, per_device_eval_batch_size=args.per_device_eval_batch_size, report_to="none", disable_tqdm=True
+        )
+        evaluator = Evaluator(model, tokenizer, args, data_args, training_args, overwrite=True)
+        records = {name: evaluator.evaluate(name, resolved) for name, resolved in configs.items()}
+    texts = {name: record["predictions"] for name, record in records.items()}
+    return texts, {name: record["metrics"]["eval_exact_match"] for name, record in records.items()}, evaluator.sources
+
+
+def compare_answers(before, after):
+    """{config: {"questions", "changed", "exact_match": [before, after]}} of what `answers` gave."""
+    return {
+        name: {
+            "questions": len(texts),
+            "changed": sum(text != after[0][name][key] for key, text in texts.items()),
+            "exact_match": [before[1][name], after[1][name]],
+        }
+        for name, texts in before[0].items()
+    }
 
 
 def main():
     start = time.time()
-    (args,) = HfArgumentParser(ExportArguments).parse_args_into_dataclasses()
-    check_args(args)
+    args, data_args = parse_args(ExportArguments, ExportDataArguments)
+    setup_logging(PartialState())
+    check_args(args, data_args)
+    source = args.model_name_or_path
     tokenizer = load_tokenizer(args)
     model = load_model(args, tokenizer, HEADS[args.head])
     if model.config.exported_widths:
@@ -73,23 +130,40 @@ def main():
     widths = served_widths(list(configs.values()))
     # Where it is evaluated without --bit_configs: all that it serves, by name or as it was saved.
     model.config.trained_bit_configs = [text for text in texts if not os.path.isfile(text)] or ["checkpoint"]
-    parts = save_exported(model, args.output_dir, widths, next(iter(configs.values())))
+    first, dtype = next(iter(configs.values())), getattr(torch, args.embeddings)
+    before = answers(model, tokenizer, args, data_args, configs) if measures(data_args) else None
+    parts = save_exported(model.cpu(), args.output_dir, widths, first, dtype)
     tokenizer.save_pretrained(args.output_dir)
     files = {entry.name: entry.stat().st_size for entry in sorted(os.scandir(args.output_dir), key=lambda e: e.name)}
     total = sum(size for name, size in files.items() if name != "export.json")
     for part in PARTS:
         print(f"{part:12s} {parts[part] / 1e6:10.3f} MB")
     print(f"{'all files':12s} {total / 1e6:10.3f} MB  in {args.output_dir}, serves {', '.join(configs)}", flush=True)
+    changes = "not measured"
+    if before:
+        del model
+        args = dataclasses.replace(args, model_name_or_path=args.output_dir, base_model_name_or_path=None)
+        exported = load_model(args, tokenizer, HEADS[args.head])
+        changes = compare_answers(before, answers(exported, tokenizer, args, data_args, configs))
+        for name, change in changes.items():
+            em = " to ".join(f"{value:.2f}" for value in change["exact_match"])
+            print(
+                f"{name}: {change['changed']} of {change['questions']} answers differ from the checkpoint's; EM {em}"
+            )
+    else:
+        print("answers that differ from the checkpoint's: not measured (pass --validation_file or --dataset_name)")
     record = run_record(
-        model=relative_path(args.model_name_or_path),
+        model=relative_path(source),
         bit_config={"layers": configs, "exported_widths": widths},
         metrics={**{f"{part}_bytes": size for part, size in parts.items()}, "all_files_bytes": total},
-        data={},
+        data=before[2] if before else {},
         seed=None,
         wall_seconds=time.time() - start,
         files=files,
+        embeddings=args.embeddings,
+        changed_answers=changes,
     )
-    write_json_atomic(args.record_file or os.path.join(args.output_dir, "export.json"), record)
+    write_json_atomic(data_args.record_file or os.path.join(args.output_dir, "export.json"), record)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from models.bit_config import describe_bit_config
 from models.errors import UserError
 from models.kv_cache import QuantizedKVCache, cache_bytes
 from models.modeling_gpt2_quant import QuantGPT2LMHeadModel
+from models.user_input import read_text
 from record import file_checksum, relative_path, run_record, write_json_atomic
 from run_qa import load_tokenizer, option, parse_args, plain_errors, setup_logging
 
@@ -68,14 +69,19 @@ def read_prompts(args):
     """[prompt]; none of them empty."""
     prompts = args.prompt
     if args.prompt_file:
-        try:
-            with open(args.prompt_file, encoding="utf-8") as file:
-                prompts = [file.read()]
-        except UnicodeDecodeError as error:
-            raise UserError(f"{args.prompt_file}: not UTF-8 text ({error})") from None
+        prompts = [read_text(args.prompt_file)]
     if not all(prompts):
         raise UserError(f"{args.prompt_file or '--prompt'}: an empty prompt; GPT-2 needs at least one token")
     return prompts
+
+
+def count_tokens(tokens, end):
+    """Tokens (batch, n) up to and with the first end token of each row; what follows it is padding.
+
+    Args: end: an id, a list of them, or None.
+    """
+    ends = torch.isin(tokens, torch.tensor([] if end is None else end, dtype=tokens.dtype, device=tokens.device))
+    return int((ends.cumsum(1) - ends.long() == 0).sum())
 
 
 def generate(model, tokenizer, prompts, args):
@@ -104,7 +110,7 @@ def generate(model, tokenizer, prompts, args):
         )
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)  # waits for the device
     seconds = time.perf_counter() - start
-    new_tokens = (tokens.shape[1] - length) * len(prompts)
+    new_tokens = count_tokens(tokens[:, length:], model.generation_config.eos_token_id)
     values = 2 * model.config.n_layer * model.config.n_embd  # of K and V
     return texts, {
         "new_tokens": new_tokens,

@@ -134,6 +134,8 @@ def load(args):
     configs = resolve_configs(model, args.bit_configs or saved)
     if not has_bank and (args.random_weights or args.training):
         model.add_lora(sorted({bits["w_bits"] for resolved in configs.values() for bits in resolved.values()}))
+    if not args.training:
+        model.requires_grad_(False)  # only of frozen weights codes are kept from one forward to the next
     return model.to(args.device), configs
 
 

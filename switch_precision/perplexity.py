@@ -10,17 +10,14 @@ import torch.nn.functional as F
 from eval_stats import markdown_table
 from models.bit_config import describe_bit_config
 from models.errors import UserError
+from models.user_input import read_text
 
 logger = logging.getLogger("perplexity")
 
 
 def read_tokens(path, tokenizer, at_least):
     """Token ids of a text file, (tokens,) int64; it must have `at_least` so many."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            tokens = tokenizer(file.read(), return_tensors="pt", verbose=False)["input_ids"][0].long()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error})") from None
+    tokens = tokenizer(read_text(path), return_tensors="pt", verbose=False)["input_ids"][0].long()
     if len(tokens) < at_least:
         raise UserError(f"{path}: {len(tokens)} tokens, at least {at_least} are needed (see --block_size)")
     return tokens

@@ -1,7 +1,5 @@
 """The plots of sensitivity.py (heat map of a sweep) and search.py (EM against average weight bits)."""
 
-import os
-
 import matplotlib
 
 matplotlib.use("Agg")
@@ -10,6 +8,7 @@ import numpy as np
 from matplotlib.colors import LogNorm
 
 from block_reuse import block_of
+from record import atomic_path
 
 TYPES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 PANELS = (("exact_match_drop", "EM drop (points)", "{:.1f}"), ("kl", "KL (nats)", "{:.1e}"))
@@ -29,10 +28,9 @@ LABELS = {
 
 def save(figure, path):
     """Write the PNG whole or not at all."""
-    temporary = f"{path}.tmp.png"
-    figure.savefig(temporary, dpi=150)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)
-    os.replace(temporary, path)
 
 
 def draw_heat_map(flips, path):

@@ -18,15 +18,17 @@ import os
 import time
 
 import torch
-from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
+from transformers import TrainingArguments, default_data_collator, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from adaptive_lora_trainer import bit_configs_for_step
-from eval_setup import load_model, resolve_configs, trained_configs, write_text_atomic
+from eval_setup import load_model, resolve_configs, trained_configs
 from models.bit_config import short_name
 from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2LMHeadModel
 from perplexity import perplexity_of_configs, read_tokens, table_lines
-from record import file_checksum, relative_path, run_record, write_json_atomic
+from record import file_checksum, relative_path, run_record, write_json_atomic, write_text_atomic
+from resuming import OutputFolder, ResumableTrainer, input_checksums, run_settings
 from run_qa import (
     ModelArguments,
     ObjectiveArguments,
@@ -36,12 +38,9 @@ from run_qa import (
     parse_args,
     plain_errors,
     setup_logging,
-    start_output_dir,
-    starting_checkpoint,
     target_configs,
 )
 from run_qa import check_args as check_training_args
-from trainer_qa import last_complete_checkpoint
 
 
 @dataclasses.dataclass
@@ -74,7 +73,7 @@ def check_args(model_args, text_args, training_args):
         raise UserError(f"--stride {text_args.stride}: 1 to --block_size {text_args.block_size}")
 
 
-class JointLMTrainer(Trainer):
+class JointLMTrainer(ResumableTrainer):
     """One optimizer step on the mean loss of all configs of the step; each is sent backward at once.
 
     Args:
@@ -95,10 +94,10 @@ class JointLMTrainer(Trainer):
             net.set_bit_config(config)
             losses.append(super().training_step(model, dict(inputs)))
             if not torch.isfinite(losses[-1]):
-                saved = last_complete_checkpoint(self.args.output_dir)
+                saved = get_last_checkpoint(self.args.output_dir)
                 raise FloatingPointError(
                     f"loss is {losses[-1].item()} at step {self.state.global_step + 1} ({short_name(config)}); "
-                    f"last good checkpoint: {saved or 'none yet'}. Try a lower --learning_rate"
+                    f"last checkpoint: {saved or 'none yet'}. Try a lower --learning_rate"
                 )
         net.set_bit_config(self.resting)
         return torch.stack(losses).sum()
@@ -135,10 +134,9 @@ def main():
     model_args, text_args, training_args = parse_args(ModelArguments, TextArguments, TrainingArguments)
     setup_logging(training_args)
     check_args(model_args, text_args, training_args)
-    settings = dataclasses.asdict(model_args) | {"token": None, "cache_dir": None, "seed": training_args.seed}
-    settings |= {key: getattr(text_args, key) for key in ("train_file", "block_size", "num_mixed_configs")}
-    settings |= {"max_steps": training_args.max_steps, "num_train_epochs": training_args.num_train_epochs}
-    resume = starting_checkpoint(training_args, text_args.overwrite_output_dir, settings)
+    folder = OutputFolder(
+        training_args, text_args.overwrite_output_dir, run_settings(model_args, text_args, training_args)
+    )
     set_seed(training_args.seed)
 
     tokenizer = load_tokenizer(model_args)
@@ -155,7 +153,12 @@ def main():
         split: read_tokens(file, tokenizer, block_size if split == "train" else 2) for split, file in files.items()
     }
 
-    start_output_dir(training_args, settings, resume)
+    sources = {
+        split: {"source": relative_path(file), "examples": len(texts[split]), "sha256": file_checksum(file)}
+        for split, file in files.items()
+    }
+    if training_args.do_train:
+        folder.start(**input_checksums(model, tokenizer, sources))
     trainer = JointLMTrainer(
         model=model,
         args=training_args,
@@ -175,10 +178,7 @@ def main():
     )
     metrics, rows = {}, []
     if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=resume)
-        trainer.save_model()
-        trainer.save_state()
-        metrics |= result.metrics
+        metrics |= trainer.train_or_load(folder)
     if not trainer.is_world_process_zero():
         return
     if training_args.do_eval:
@@ -193,13 +193,11 @@ def main():
         model=relative_path(model_args.model_name_or_path),
         bit_config=bits,
         metrics=metrics,
-        data={
-            split: {"source": relative_path(file), "examples": len(texts[split]), "sha256": file_checksum(file)}
-            for split, file in files.items()
-        },
+        data=sources,
         seed=training_args.seed,
         wall_seconds=time.time() - start,
         steps=trainer.state.global_step,
+        continues=folder.continues,
         dtype="bf16" if training_args.bf16 else "fp32",
         bit_configs={"trained": dict(targets), "evaluated": configs if rows else {}},
         text={"unit": "tokens", "block_size": block_size, "stride": stride},

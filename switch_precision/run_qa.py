@@ -17,7 +17,6 @@ import functools
 import json
 import logging
 import os
-import shutil
 import sys
 import time
 import warnings
@@ -29,7 +28,6 @@ from datasets.fingerprint import Hasher
 from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
-    HfArgumentParser,
     SchedulerType,
     TrainingArguments,
     set_seed,
@@ -43,19 +41,25 @@ from adaptive_lora_trainer import (
     qa_distillation_mse,
     uniform_configs,
 )
-from models.bit_config import ALLOWED_BITS, ALLOWED_TEXT, describe_bit_config, resolve_bit_config, short_name
-from models.errors import UserError
+from flags import check_file_name, parse_args
+from models.bit_config import (
+    config_name,
+    describe_bit_config,
+    resolve_bit_config,
+    short_name,
+)
+from models.checkpoint import read_config
+from models.errors import UserError, is_disk_error
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
-from record import file_checksum, relative_path, run_record, write_json_atomic
+from record import file_checksum, hide_tokens, json_checksum, relative_path, run_record, write_json_atomic
+from resuming import OutputFolder, input_checksums, run_settings, tokenizer_checksum
 from squad_data import load_qa_datasets
-from trainer_qa import is_complete, last_complete_checkpoint
 from utils_qa import prepare_train_features, prepare_validation_features
 
 require_version("transformers>=5.23", "pip install -r requirements.txt")
 
 logger = logging.getLogger("run_qa")
 HERE = os.path.dirname(os.path.abspath(__file__))
-SETTINGS_FILE = "run_settings.json"
 
 
 # Copied from base_model/run_qa.py:option
@@ -63,7 +67,7 @@ def option(default, text, **kwargs):
     """A dataclass field with a help text."""
     aliases = {"aliases": kwargs.pop("aliases")} if "aliases" in kwargs else {}
     factory = {"default_factory": lambda: default} if isinstance(default, list) else {"default": default}
-    return dataclasses.field(**factory, metadata={"help": text, **aliases}, **kwargs)
+    return dataclasses.field(**factory, metadata={"help": text.replace("%", "%%"), **aliases}, **kwargs)
 
 
 @dataclasses.dataclass
@@ -77,13 +81,13 @@ class ModelArguments:
     model_revision: str = option("main", "branch, tag or commit on the hub")
     token: str | None = option(None, "hub token (default: the one of `hf auth login`)")
     attn_implementation: str | None = option(None, "eager, sdpa or another attention of transformers")
-    lora_r: int = option(8, "rank of the adapters")
-    lora_alpha: int = option(16, "scaling is lora_alpha / lora_r")
+    lora_r: int | None = option(None, "rank of the adapters (default: 8, or that of the checkpoint)")
+    lora_alpha: int | None = option(None, "scaling is lora_alpha / lora_r (default: 16, or that of the checkpoint)")
     bit_widths: list[int] = option([4, 8], "widths to serve, W = A = KV; each has its own adapter in every linear")
     bit_configs: list[str] | None = option(
         None,
-        'train and evaluate these configs instead: JSON files (configs/README.md) or "W4A8KV8"; adapters for their '
-        "w_bits",
+        'train and evaluate these configs instead: JSON files (configs/README.md), "W4A8KV8", or widths as 8; '
+        "adapters for their w_bits",
     )
     execution: str | None = option(
         None,
@@ -146,18 +150,6 @@ class DataTrainingArguments:
     record_file: str | None = option(None, "where the run's JSON record goes (default: record.json in --output_dir)")
 
 
-# Copied from base_model/run_qa.py:parse_args
-def parse_args(*dataclass_types):
-    """One instance of each dataclass, from the command line or from one JSON file."""
-    parser = HfArgumentParser(dataclass_types)
-    try:
-        if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-            return parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
-        return parser.parse_args_into_dataclasses()
-    except (ValueError, TypeError, ImportError) as error:  # of the flags themselves: nothing has run yet
-        raise UserError(error) from error
-
-
 # Copied from base_model/run_qa.py:setup_logging
 def setup_logging(training_args):
     """INFO on rank 0, warnings elsewhere."""
@@ -177,10 +169,8 @@ def check_args(model_args, objective_args, training_args):
     """Refuse what cannot work, before anything is loaded."""
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise UserError("nothing to do: pass --do_train, --do_eval or --do_predict")
+    named_configs(model_args.bit_configs or [])
     widths = model_args.bit_widths
-    for bits in widths:
-        if bits not in ALLOWED_BITS:
-            raise UserError(f"--bit_widths: {bits} is not a bit-width, allowed are {ALLOWED_TEXT}")
     if len(set(widths)) < len(widths):
         raise UserError(f"--bit_widths {' '.join(map(str, widths))}: every width once")
     for flag, allowed in {
@@ -211,65 +201,43 @@ def check_args(model_args, objective_args, training_args):
         raise UserError("--fsdp and --deepspeed shard the model; here every process needs all of it")
 
 
-# Copied from base_model/run_qa.py:starting_checkpoint
-def starting_checkpoint(training_args, overwrite, settings):
-    """The checkpoint to resume from, None for a fresh start.
-
-    Raises ValueError when the output folder holds other things, an incomplete checkpoint was asked for, or the run
-    that left the folder had other settings.
-    """
-    folder, asked = training_args.output_dir, training_args.resume_from_checkpoint
-    if not training_args.do_train:
-        return None
-    if asked and asked not in ("True", "true"):
-        if not os.path.isdir(asked) or not is_complete(asked):
-            raise UserError(f"--resume_from_checkpoint {asked}: not a complete checkpoint")
-        return asked
-    content = os.listdir(folder) if os.path.isdir(folder) else []
-    if overwrite or not content:
-        return None
-    if SETTINGS_FILE not in content:
-        raise UserError(
-            f"--output_dir {folder} is not empty and no run of this script: pass --overwrite_output_dir, "
-            "--resume_from_checkpoint or another --output_dir"
-        )
-    with open(os.path.join(folder, SETTINGS_FILE), encoding="utf-8") as file:
-        before = json.load(file)
-    changed = [
-        f"{key}: {before.get(key)!r} then, {now!r} now" for key, now in settings.items() if before.get(key) != now
-    ]
-    if changed:
-        raise UserError(
-            f"--output_dir {folder} holds a run with other settings ({'; '.join(changed)}): pass "
-            "--overwrite_output_dir to start over, or another --output_dir"
-        )
-    checkpoint = last_complete_checkpoint(folder)
-    logger.info("resuming from %s", checkpoint or "the start: no complete checkpoint was left")
-    return checkpoint
-
-
-# Copied from base_model/run_qa.py:start_output_dir
-def start_output_dir(training_args, settings, resumed):
-    """Make the output folder of this run; a fresh start removes what an earlier run left to resume from."""
-    if training_args.process_index == 0:
-        os.makedirs(training_args.output_dir, exist_ok=True)
-        if training_args.do_train and not resumed:
-            for name in os.listdir(training_args.output_dir):
-                if name.startswith("checkpoint-"):
-                    shutil.rmtree(os.path.join(training_args.output_dir, name))
-            write_json_atomic(os.path.join(training_args.output_dir, SETTINGS_FILE), settings)
-
-
 # Copied from base_model/run_qa.py:load_tokenizer
 def load_tokenizer(model_args):
-    """The tokenizer; GPT-2 has no pad token, so padding uses its end-of-text token (masked, never scored)."""
+    """The tokenizer; GPT-2 has no pad token, so padding uses its end-of-text token (masked, never scored).
+
+    Raises ValueError for tokenizer files, or a config.json beside them, that do not work; OSError for none.
+    """
     name = model_args.tokenizer_name or model_args.model_name_or_path
     options = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    if not model_args.tokenizer_name:
+        read_config(str(name), options)  # the tokenizer's class may come from it
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # faulty files raise any class, that of tokenizers is Exception itself
+        raise UserError(f"{name}: its tokenizer does not open ({type(error).__name__}: {error})") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"  # where a causal model does not look; positions count from the text's start
     return tokenizer
+
+
+def named_configs(sources):
+    """{name: source} of --bit_configs; refuses two whose names agree or whose predictions would go to one file."""
+    named, files = {}, {}
+    for source in sources:
+        named[config_name(source)] = source
+        for kind in ("", "_nbest"):
+            file = f"eval_{config_name(source)}{kind}_predictions.json"
+            check_file_name("--bit_configs writes", f"{file}.{os.getpid()}.tmp")
+            if (key := file.casefold()) in files:
+                raise UserError(
+                    f"--bit_configs {files[key]} {source}: two configs are called {config_name(source)}, or both "
+                    f"would write {file}; results could not tell them apart"
+                )
+            files[key] = source
+    return named
 
 
 def target_configs(model_args, shapes):
@@ -279,12 +247,9 @@ def target_configs(model_args, shapes):
     """
     if not model_args.bit_configs:
         return uniform_configs(shapes, model_args.bit_widths)
-    targets = {}
-    for source in model_args.bit_configs:
-        name = os.path.splitext(os.path.basename(source))[0]
-        if name in targets:
-            raise UserError(f"--bit_configs: two configs are called {name}; results could not tell them apart")
-        targets[name] = resolve_bit_config(source, shapes)
+    targets = {
+        name: resolve_bit_config(source, shapes) for name, source in named_configs(model_args.bit_configs).items()
+    }
 
     def average_bits(pair):
         weights = describe_bit_config(pair[1], shapes)["average_w_bits"]
@@ -297,7 +262,8 @@ def target_configs(model_args, shapes):
 def open_model(model_class, model_args, tokenizer, training=False, **overrides):
     """The model of --model_name_or_path, complete with its adapters.
 
-    Raises ValueError for a tokenizer that is not the model's, and for training on an exported checkpoint.
+    Raises ValueError for a tokenizer that is not the model's, for adapters of another --lora_r or --lora_alpha, and
+    for training on an exported checkpoint.
     """
     options = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
     if model_args.attn_implementation:
@@ -313,11 +279,22 @@ def open_model(model_class, model_args, tokenizer, training=False, **overrides):
             f"the tokenizer has {len(tokenizer)} tokens, the embedding of {model_args.model_name_or_path} "
             f"{model.config.vocab_size}: they do not belong together (--tokenizer_name)"
         )
+    for key in ("lora_r", "lora_alpha") if model.config.lora_bank else ():
+        asked, found = getattr(model_args, key, None), getattr(model.config, key)
+        if asked not in (None, found):
+            raise UserError(
+                f"--{key} {asked}, but the adapters of {model_args.model_name_or_path} have {key} {found}: leave the "
+                "flag out, or start from a model without adapters"
+            )
     if training and model.config.exported_widths:
         raise UserError(
             f"{model_args.model_name_or_path} is an exported checkpoint without float weights: it can be evaluated; "
             "train the checkpoint that it was made from"
         )
+    if not training:  # only of frozen weights codes are kept from one forward to the next
+        for layer in model.quant_layers().values():
+            if layer.weight is not None:
+                layer.weight.requires_grad_(False)
     return model
 
 
@@ -373,7 +350,7 @@ def load_data(data_args, splits, model_args):
         sources[split] = {
             "source": relative_path(path) if path else data_args.dataset_name,
             "examples": len(examples[split]),
-            "sha256": file_checksum(path) if path else None,
+            "sha256": file_checksum(path) if path else json_checksum(examples[split][:]),
         }
     return examples, sources
 
@@ -394,8 +371,8 @@ def build_features(examples, split, source, tokenizer, data_args, training_args,
     cache_file = None
     if source["sha256"]:
         code = file_checksum(os.path.join(HERE, "utils_qa.py"))
-        vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None  # a slow one is refused later
-        name = Hasher.hash([split, source["sha256"], len(examples), sorted(settings.items()), code, vocabulary])
+        parts = [split, source["sha256"], len(examples), sorted(settings.items()), code, tokenizer_checksum(tokenizer)]
+        name = Hasher.hash(parts)
         cache_file = os.path.join(datasets.config.HF_DATASETS_CACHE, "qa_features", f"{name}.arrow")
         os.makedirs(os.path.dirname(cache_file), exist_ok=True)
     with training_args.main_process_first(desc=f"features of {split}"):
@@ -448,7 +425,7 @@ def needed_splits(training_args):
 
 
 # Copied from base_model/run_qa.py:run
-def run(trainer, resume, examples, features, training_args):
+def run(trainer, folder, examples, features, training_args):
     """Train, evaluate, predict as asked for; returns all metrics."""
     metrics = {}
     if training_args.do_train:
@@ -458,12 +435,7 @@ def run(trainer, resume, examples, features, training_args):
             f"batch: {batch} a process x {accumulated} accumulated x {processes} processes = "
             f"{batch * accumulated * processes} windows a step"
         )
-        result = trainer.train(resume_from_checkpoint=resume)
-        trainer.save_model()
-        trainer.save_state()
-        metrics |= result.metrics
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
+        metrics |= trainer.train_or_load(folder)
     if training_args.do_eval:
         scores = trainer.evaluate()
         metrics |= scores
@@ -483,9 +455,10 @@ def plain_errors():
     """What a user or a disk did ends the script with one message; any other error shows its traceback."""
     try:
         yield
-    except (UserError, OSError, FloatingPointError) as error:
-        logger.debug("", exc_info=True)
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        if not (isinstance(error, UserError | FloatingPointError) or is_disk_error(error)):
+            raise
+        sys.exit(hide_tokens(f"error: {error}"))
 
 
 def main():
@@ -495,10 +468,8 @@ def main():
     )
     setup_logging(training_args)
     check_args(model_args, objective_args, training_args)
-    settings = dataclasses.asdict(model_args) | dataclasses.asdict(objective_args) | {"token": None, "cache_dir": None}
-    settings |= {"seed": training_args.seed, "question_separator": data_args.question_separator}
-    settings |= {"max_steps": training_args.max_steps, "num_train_epochs": training_args.num_train_epochs}
-    resume = starting_checkpoint(training_args, data_args.overwrite_output_dir, settings)
+    settings = run_settings(model_args, data_args, objective_args, training_args)
+    folder = OutputFolder(training_args, data_args.overwrite_output_dir, settings)
     set_seed(training_args.seed)
 
     tokenizer = load_tokenizer(model_args)
@@ -514,7 +485,10 @@ def main():
         # Each phase is a run of its own in the published code: the cosine starts again with it.
         training_args.lr_scheduler_type = SchedulerType.COSINE_WITH_RESTARTS
         training_args.lr_scheduler_kwargs = {"num_cycles": len(targets)}
-    start_output_dir(training_args, settings, resume)
+    if training_args.do_train:
+        folder.start(**input_checksums(model, tokenizer, sources))
+    else:
+        model.keep_only_codes(config for _, config in targets)
     shapes = model.layer_shapes()
     sampler = functools.partial(
         bit_configs_for_step,
@@ -549,7 +523,7 @@ def main():
         }[objective_args.distill_loss],
         distill_weight=objective_args.distill_weight,
     )
-    metrics = run(trainer, resume, examples, features, training_args)
+    metrics = run(trainer, folder, examples, features, training_args)
     if trainer.is_world_process_zero():
         record = run_record(
             model=relative_path(model_args.model_name_or_path),
@@ -559,6 +533,7 @@ def main():
             seed=training_args.seed,
             wall_seconds=time.time() - start,
             steps=trainer.state.global_step,
+            continues=folder.continues,
             dtype="bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32",
             bit_widths=None if model_args.bit_configs else model_args.bit_widths,
             bit_configs={name: {**describe_bit_config(config, shapes), "layers": config} for name, config in targets},

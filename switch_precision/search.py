@@ -23,12 +23,12 @@ from transformers import TrainingArguments, set_seed
 
 from assignment import BUDGETS, Problem, random_choice, read_sensitivity, refine, resources, solve, total
 from block_reuse import ReusedForward
-from eval_setup import CheckpointArguments, load_model, model_checksum, resolve_configs, write_text_atomic
+from eval_setup import CheckpointArguments, load_model, model_checksum, resolve_configs
 from measure_set import autocast_of, load_measure_set, span_kl, span_nll
 from models.bit_config import describe_bit_config
 from models.errors import UserError
 from plots import draw_pareto
-from record import relative_path, run_record, write_json_atomic
+from record import relative_path, run_record, write_json_atomic, write_text_atomic
 from run_qa import load_tokenizer, option, parse_args, plain_errors, setup_logging
 from run_qa_eval import EvalDataArguments, Evaluator, table_lines
 
@@ -45,7 +45,7 @@ class SearchArguments(CheckpointArguments):
         "results/sensitivity/sensitivity.json", "what sensitivity.py wrote for the checkpoint"
     )
     average_bits: float | None = option(None, "budget: average bits of the linear weights")
-    weight_mb: float | None = option(None, "budget: MB of the linear weights at their bits, with their scales")
+    weight_mb: float | None = option(None, "budget: MB of the linear weights as stored (5 to 8 bits: a byte)")
     bitops: float | None = option(None, "budget: BitOPs relative to the sweep's reference config, 0 to 1")
     bit_widths: list[str] | None = option(
         None, "candidates, as 8 4 or W8A8KV8 W4A4KV4: of the sweep's reference and low configs (default: all of them)"
@@ -160,6 +160,11 @@ def main():
         budgets |= {f"found_{value:.2f}": ("average_bits", float(value)) for value in grid[1:-1]}
     for budget in budgets.values():
         problem.budget(*budget)
+    if taken := [name for name in problem.names if name in budgets or name.startswith("random")]:
+        raise UserError(
+            f"--sensitivity_file {args.sensitivity_file}: {', '.join(taken)} is what the search calls its own; sweep "
+            "files of other names"
+        )
 
     measure = None
     if args.refine_rounds:
@@ -197,6 +202,7 @@ def main():
         write_json_atomic(path, as_config(configs[name], words))
 
     evaluator = Evaluator(model, tokenizer, args, data_args, training_args, data_args.overwrite_output_dir)
+    model.keep_only_codes(configs.values())
     rows = evaluator.table(evaluator.evaluate_all(configs), problem.names[0], args.num_bootstrap)
     lines = table_lines(rows, problem.names[0])
     for name in budgets if args.num_random else ():

@@ -12,10 +12,10 @@ Outputs in --output_dir: sensitivity.json (what search.py reads), sensitivity.pn
 """
 
 import dataclasses
+import glob
 import json
 import logging
 import os
-import shutil
 import time
 
 import numpy as np
@@ -23,14 +23,21 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments, set_seed
 
 from block_reuse import ReusedForward, block_of
-from eval_setup import CheckpointArguments, data_identity, load_model, model_checksum, resolve_configs
+from eval_setup import (
+    CheckpointArguments,
+    data_identity,
+    load_model,
+    model_checksum,
+    resolve_configs,
+    tokenizer_checksum,
+)
 from eval_stats import compare, markdown_table, with_interval
 from gradient_scores import MEASURES, SCORES, correlations, gradient_scores
 from measure_set import autocast_of, load_measure_set, span_kl, span_nll
 from models.bit_config import describe_bit_config
 from models.errors import UserError
 from plots import TYPES, draw_heat_map
-from record import relative_path, run_record, write_json_atomic
+from record import differences, read_state, relative_path, run_record, write_state
 from run_qa import (
     DataTrainingArguments,
     load_tokenizer,
@@ -106,41 +113,39 @@ def measure_chunk(forward, measure_set, chunk, reference, configs, tick):
 
 
 def open_state(folder, identity, overwrite):
-    """The state folder of a sweep; one with another identity is refused, or removed with `overwrite`."""
+    """The state folder of a sweep; another identity is refused. With `overwrite`, or without a whole identity, the
+    chunks go.
+    """
     path = os.path.join(folder, "identity.json")
-    identity = json.loads(json.dumps(identity))
-    if overwrite and os.path.isdir(folder):
-        shutil.rmtree(folder)
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            before = json.load(file)
-        if changed := [key for key in identity if identity[key] != before.get(key)]:
-            shown = "; ".join(
-                f"{key}: {str(before.get(key))[:80]} then, {str(identity[key])[:80]} now" for key in changed
-            )
-            raise UserError(
-                f"{folder} holds a sweep with other settings ({shown}): pass --overwrite_output_dir to start over, or "
-                "another --output_dir"
-            )
-    write_json_atomic(path, identity)
+    before = None if overwrite else read_state(path)
+    if before is None:
+        for chunk in glob.glob(os.path.join(glob.escape(folder), "chunk-*.json*")):
+            os.remove(chunk)
+        write_state(path, identity)
+    elif changed := differences(before, json.loads(json.dumps(identity))):
+        more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise UserError(
+            f"{folder} holds a sweep with other settings ({'; '.join(changed[:5])}{more}): pass "
+            "--overwrite_output_dir to start over, or another --output_dir"
+        )
     return folder
 
 
 def sweep(forward, measure_set, reference, configs, state, progress=True):
     """Measures all chunks that have no state yet; returns all chunks' states, in order."""
-    parts, blocks = [], len(forward.blocks)
+    blocks = len(forward.blocks)
     paths = [os.path.join(state, f"chunk-{number:05d}.json") for number in range(len(measure_set.chunks))]
-    left = sum(len(chunk) for path, chunk in zip(paths, measure_set.chunks) if not os.path.isfile(path))
+    parts = [read_state(path) for path in paths]
+    left = sum(len(chunk) for part, chunk in zip(parts, measure_set.chunks, strict=True) if part is None)
     bar = tqdm(total=left, desc=f"{len(configs)} flips", unit="batch", disable=not progress)
-    for path, chunk in zip(paths, measure_set.chunks, strict=True):
-        if not os.path.isfile(path):
+    for number, (path, chunk) in enumerate(zip(paths, measure_set.chunks, strict=True)):
+        if parts[number] is None:
             start, before = time.time(), forward.block_forwards
             part = measure_chunk(forward, measure_set, chunk, reference, configs, bar.update)
             part["block_forwards"] = forward.block_forwards - before
             part["plain_block_forwards"] = blocks * len(chunk) * (1 + len(configs))
-            write_json_atomic(path, part | {"wall_seconds": time.time() - start})
-        with open(path, encoding="utf-8") as file:
-            parts.append(json.load(file))
+            parts[number] = part | {"wall_seconds": time.time() - start}
+            write_state(path, parts[number])
     bar.close()
     return parts
 
@@ -179,8 +184,6 @@ def main():
     setup_logging(training_args)
     if training_args.world_size > 1:
         raise UserError(f"the sweep is one process, not {training_args.world_size}: --nproc_per_node=1")
-    if model_args.chunk_batches < 1 or model_args.num_gradient_batches < 0 or model_args.num_bootstrap < 0:
-        raise UserError("--chunk_batches must be 1 or more, --num_gradient_batches and --num_bootstrap 0 or more")
     set_seed(training_args.seed)
     tokenizer = load_tokenizer(model_args)
     model = load_model(model_args, tokenizer).to(training_args.device)
@@ -197,12 +200,14 @@ def main():
         "model_sha256": model_checksum(model),
         "reference_config": reference,
         "low_bits": lows,
-        "data": data_identity(sources),
+        "tokenizer_sha256": tokenizer_checksum(tokenizer),
+        "data": data_identity(measure_set.examples),
         "batches": [training_args.eval_batch_size, model_args.chunk_batches, len(measure_set.batches)],
         "features": [data_args.max_seq_length, data_args.doc_stride, data_args.question_separator],
         "max_answer_length": data_args.max_answer_length,
         "dtype": "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32",
         "execution": model_args.execution,
+        "attention": model.config._attn_implementation,
     }
     state = open_state(os.path.join(training_args.output_dir, "state"), identity, data_args.overwrite_output_dir)
     forward = ReusedForward(model, autocast_of(training_args))
@@ -253,7 +258,7 @@ def main():
         measures=list(MEASURES),
     )
     draw_heat_map(flips, os.path.join(training_args.output_dir, "sensitivity.png"))
-    write_json_atomic(data_args.record_file or os.path.join(training_args.output_dir, "sensitivity.json"), record)
+    write_state(data_args.record_file or os.path.join(training_args.output_dir, "sensitivity.json"), record)
 
 
 if __name__ == "__main__":

@@ -6,23 +6,19 @@ that `--metric_for_best_model f1` works under torchrun), and a loss that is not 
 optimizer uses it.
 """
 
-import json
 import os
-import re
 import time
 
 import torch
-from transformers import Trainer
-from transformers.trainer_utils import EvalPrediction, speed_metrics
+from transformers.trainer_utils import EvalPrediction, get_last_checkpoint, speed_metrics
 
 from models.bit_config import short_name
 from record import write_json_atomic
+from resuming import ResumableTrainer
 from utils_qa import postprocess_qa_predictions
 
-CHECKPOINT_FILES = ("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
-
-class QuestionAnsweringTrainer(Trainer):
+class QuestionAnsweringTrainer(ResumableTrainer):
     """Trainer whose evaluation set is (examples, features), as `utils_qa` makes them.
 
     Args:
@@ -39,13 +35,6 @@ class QuestionAnsweringTrainer(Trainer):
         self.eval_examples, self.configs = eval_examples, configs
         self.n_best_size, self.max_answer_length = n_best_size, max_answer_length
 
-    def _run_epoch(self, *args, **kwargs):
-        """Trainer resumes from its very last checkpoint with one step too many; here it ends at once."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
-
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.stop_unless_finite(loss)
@@ -55,10 +44,10 @@ class QuestionAnsweringTrainer(Trainer):
         """Raise before the optimizer step when the loss is NaN or infinite; what is on disk stays as it is."""
         if not torch.isfinite(loss):
             config = self.accelerator.unwrap_model(self.model).config.bit_config
-            saved = last_complete_checkpoint(self.args.output_dir)
             raise FloatingPointError(
                 f"loss is {loss.item()} at step {self.state.global_step + 1} (bit config: {short_name(config)}); "
-                f"last good checkpoint: {saved or 'none yet'}. Try a lower --learning_rate or --bf16 instead of --fp16"
+                f"last checkpoint: {get_last_checkpoint(self.args.output_dir) or 'none yet'}. Try a lower "
+                "--learning_rate, or --bf16 instead of --fp16"
             )
 
     def prediction_step(self, model, inputs, *args, **kwargs):
@@ -119,25 +108,3 @@ class QuestionAnsweringTrainer(Trainer):
         references = {row["id"]: row["answers"]["text"] for row in examples}
         scores = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=references))
         return {f"{prefix}_{name}": value for name, value in scores.items()}
-
-
-def last_complete_checkpoint(output_dir):
-    """Newest `checkpoint-N` with all its files, None without one: a killed run may leave a half-written folder."""
-    steps = []
-    for name in os.listdir(output_dir) if os.path.isdir(output_dir) else ():
-        if (match := re.fullmatch(r"checkpoint-(\d+)", name)) and is_complete(os.path.join(output_dir, name)):
-            steps.append(int(match[1]))
-    return os.path.join(output_dir, f"checkpoint-{max(steps)}") if steps else None
-
-
-def is_complete(checkpoint):
-    """True when the checkpoint has every file that a resume needs. The trainer's state is written last."""
-    files = set(os.listdir(checkpoint))
-    if not set(CHECKPOINT_FILES) <= files or not any(name.startswith("rng_state") for name in files):
-        return False
-    try:
-        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
-            json.load(file)
-    except json.JSONDecodeError:
-        return False
-    return True

@@ -2,17 +2,21 @@
 
 import csv
 import json
+import os
 import pathlib
 import random
+import shutil
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import HfArgumentParser
 
-from conftest import NAMES, ROOT, THINGS, experiment
+from conftest import NAMES, ROOT, THINGS, experiment, save_tiny_tokenizer
 
 with experiment("adv_attack"):
     import adversarial_texts
@@ -150,6 +154,59 @@ def test_two_runs_agree_to_the_last_digit_and_so_does_a_killed_and_resumed_one(
     assert attack(trained, text_files, tmp_path / "other", "--attack_bits", "8", "--seed", "1") != again
 
 
+def damages(whole):
+    """An empty file, half of one, one with a flipped bit in its content, one without a checksum."""
+    at = len(whole) * 2 // 3
+    bare = {key: value for key, value in json.loads(whole).items() if key != "sha256"}
+    return [
+        b"",
+        whole[: len(whole) // 2],
+        whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :],
+        json.dumps(bare).encode(),
+    ]
+
+
+@pytest.mark.parametrize("name", ["parts/00000.json", "adversarial.json", "attack_settings.json", "record.json"])
+def test_damaged_state_of_an_attack_is_named_and_made_again(name, trained, text_files, tmp_path, caplog):
+    fast = ("--num_iters", "2", "--attack_bits", "8")
+    whole = attack(trained, text_files, tmp_path, *fast)
+    path = tmp_path / name
+    for damage in damages(path.read_bytes()):
+        path.write_bytes(damage)
+        if name.startswith("parts"):
+            (tmp_path / "adversarial.json").unlink()
+        caplog.clear()
+        assert attack(trained, text_files, tmp_path, *fast) == whole
+        named = [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and str(path) in r.getMessage()]
+        assert len(named) == 1 and "measured again" in named[0]
+        assert read(tmp_path / "record.json")["settings"] == whole["settings"]
+
+
+def test_finished_attack_does_nothing_but_report(trained, text_files, tmp_path, monkeypatch, caplog):
+    flags = ("--num_iters", "1", "--attack_bits", "8")
+    attack(trained, text_files, tmp_path, *flags)
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob("*.json")}
+    monkeypatch.setattr(whitebox_attack, "Attack", None)
+    with caplog.at_level("INFO"):
+        attack(trained, text_files, tmp_path, *flags)
+    assert "this attack is finished; nothing to do" in caplog.text
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob("*.json")}
+
+
+def test_killed_start_is_no_obstacle(trained, text_files, tmp_path):
+    (tmp_path / "attack_settings.json.99999999.tmp").write_text("{")
+    attack(trained, text_files, tmp_path, "--num_iters", "1")
+    assert sorted(os.listdir(tmp_path)) == ["adversarial.json", "attack_settings.json", "parts", "record.json"]
+
+
+def test_overwriting_removes_the_finished_attack_first(trained, text_files, tmp_path, monkeypatch):
+    attack(trained, text_files, tmp_path, "--num_iters", "1")
+    monkeypatch.setattr(whitebox_attack.Attack, "run", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        attack(trained, text_files, tmp_path, "--num_iters", "2", "--overwrite_output_dir")
+    assert [path.name for path in tmp_path.rglob("*.json")] == ["attack_settings.json"]
+
+
 def test_restricted_vocabulary_holds_only_tokens_of_the_training_texts(trained, text_files, tmp_path):
     result = attack(trained, text_files, tmp_path / "restricted", "--candidate_tokens", "train")
     assert 20 < result["settings"]["candidates"] < 100
@@ -170,6 +227,19 @@ def test_restricted_vocabulary_holds_only_tokens_of_the_training_texts(trained, 
         (["--lr", "nan"], "--lr nan: must be a number"),
         (["--start_index", "30"], "--start_index 30: there are only 30 texts"),
         (["--lr", "0.2"], r"other settings \(lr: 1.0 then, 0.2 now\)"),
+        (["--num_iters", "7"], r"other settings \(num_iters: 25 then, 7 now\)"),
+        (["--kappa", "1"], r"other settings \(kappa: 5.0 then, 1.0 now\)"),
+        (["--gumbel_batch", "2"], r"other settings \(gumbel_batch: 3 then, 2 now\)"),
+        (["--batch_texts", "2"], r"other settings \(batch_texts: 4 then, 2 now\)"),
+        (["--seed", "3"], r"other settings \(seed: 42 then, 3 now\)"),
+        (["--num_samples", "5"], r"other settings \(num_samples: 6 then, 5 now\)"),
+        (["--max_seq_length", "9"], r"other settings \(max_seq_length: 128 then, 9 now\)"),
+        (
+            ["--max_train_samples", "9"],
+            r"data.train.examples: 64 then, 9 now; data.train.sha256: '\w+' then, '\w+' now",
+        ),
+        (["--execution", "fake"], r"other settings \(execution: 'integer' then, 'fake' now"),
+        (["--attn_implementation", "eager"], r"other settings \(attention: '\w+' then, 'eager' now\)"),
     ],
 )
 def test_attack_refuses(trained, text_files, attacks, flags, message):
@@ -177,6 +247,51 @@ def test_attack_refuses(trained, text_files, attacks, flags, message):
     with pytest.raises((ValueError, OSError), match=message):
         call(whitebox_attack, "--model_name_or_path", trained, *text_files, "--output_dir", output, *ATTACK,
              "--attack_bits", "8", *flags)  # fmt: skip
+
+
+def test_attack_on_other_data_weights_config_tokenizer_or_bits_is_refused(trained, text_files, tiny_model, tmp_path):
+    bits = tmp_path / "mine.json"
+    bits.write_text('{"default": 8}')
+    flags, out = ("--num_iters", "1", "--attack_bits", bits), tmp_path / "out"
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    attack(other, text_files, out, *flags)
+    data = tmp_path / "test.jsonl"
+    rows = [json.loads(line) for line in open(text_files[3])]
+    data.write_text("\n".join(json.dumps({"text": row["text"], "label": 1 - row["label"]}) for row in rows))
+
+    def refused(message, *more, model=other):
+        with pytest.raises(ValueError, match=message):
+            attack(model, text_files, out, *flags, *more)
+
+    refused("data.validation.sha256: '[0-9a-f]+' then, '[0-9a-f]+' now", "--validation_file", data)
+    reference = tmp_path / "reference"
+    shutil.copytree(tiny_model, reference)
+    for key, value in {"layer_norm_epsilon": 0.1, "n_head": 2, "activation_function": "relu"}.items():
+        edit(reference / "config.json", key, value)
+        refused("reference_sha256: '[0-9a-f]+' then", "--reference_model", reference)
+    edit(other / "config.json", "lora_alpha", 3)
+    refused("model_sha256: '[0-9a-f]+' then, '[0-9a-f]+' now")
+    edit(other / "config.json", "lora_alpha", 16)
+    tokenizer = tmp_path / "tokenizer"
+    save_tiny_tokenizer(tokenizer, vocab_size=300)
+    refused("tokenizer_sha256: '[0-9a-f]+' then, '[0-9a-f]+' now", "--tokenizer_name", tokenizer)
+    with pytest.raises(ValueError, match="out: attacked the tokens of a tokenizer with checksum"):
+        call(attack_eval, "--model_name_or_path", other, "--attack_dirs", out, "--tokenizer_name", tokenizer,
+             "--output_dir", tmp_path / "eval")  # fmt: skip
+    bits.write_text('{"default": 8, "*.mlp.c_fc": 4}')
+    refused(r"precisions.mine.transformer.h.0.mlp.c_fc.w_bits: 8 then, 4 now")
+    with pytest.raises(ValueError, match="attack mine: mine has other bits than when it was attacked .*8 then, 4 now"):
+        call(attack_eval, "--model_name_or_path", other, "--attack_dirs", out, "--output_dir", tmp_path / "eval")
+    bits.write_text('{"default": 8}')
+    attack(other, text_files, tmp_path / "labels", "--validation_file", data, *flags[:2])
+    with pytest.raises(ValueError, match="labels: attacked other texts or labels than .*out"):
+        call(attack_eval, "--model_name_or_path", other, "--attack_dirs", out, tmp_path / "labels",
+             "--output_dir", tmp_path / "eval")  # fmt: skip
+
+
+def edit(path, key, value):
+    path.write_text(json.dumps(read(path) | {key: value}))
 
 
 def test_evaluation_refuses_unfinished_other_and_damaged_attacks(trained, text_files, attacks, tmp_path, tiny_model):
@@ -195,12 +310,13 @@ def test_evaluation_refuses_unfinished_other_and_damaged_attacks(trained, text_f
         evaluate(attacks / "8", module=rpi, more=["--precision_set", "4"])
     with pytest.raises(ValueError, match="--bitsandbytes int3: allowed are 8bit, nf4"):
         evaluate(attacks / "8", module=rpi, more=["--bitsandbytes", "int3"])
-    other = attack(trained, text_files, tmp_path / "other", "--start_index", "3", "--num_iters", "0")
+    attack(trained, text_files, tmp_path / "other", "--start_index", "3", "--num_iters", "0")
     with pytest.raises(ValueError, match="attacked other texts"):
         evaluate(attacks / "8", tmp_path / "other")
-    (tmp_path / "other" / "adversarial.json").write_text(json.dumps(other)[:-9])
-    with pytest.raises(ValueError, match="adversarial.json: damaged"):
-        evaluate(tmp_path / "other")
+    for damage in damages((tmp_path / "other" / "adversarial.json").read_bytes()):
+        (tmp_path / "other" / "adversarial.json").write_bytes(damage)
+        with pytest.raises(ValueError, match="adversarial.json: damaged .*; run the attack again"):
+            evaluate(tmp_path / "other")
 
 
 # ---- numbers by hand
@@ -315,11 +431,20 @@ def test_training_refuses(tiny_model, text_files, tmp_path, flags, message):
         ("a.jsonl", '{"text": "x", "label": -1}\n', r'line 1: "label" = -1: allowed are the integers'),
         ("a.jsonl", '{"text": "x", "label": 0.5}\n', r'"label" = 0.5: allowed are the integers'),
         ("a.jsonl", '{"text": "x", "label": true}\n', r'"label" = true: allowed are the integers'),
-        ("a.jsonl", '{"text": "x", "label": 0}\n{"text"\n', r"a.jsonl, line 2: not a JSON object"),
+        ("a.jsonl", '{"text": "x", "label": 0}\n{"text"\n', r"a.jsonl, line 2: not valid JSON"),
         ("a.jsonl", "[1]\n", r"line 1: want an object with text and label, found list"),
         ("a.jsonl", "\n", r"a.jsonl: no rows in it"),
         ("a.csv", "text,class\nx,0\n", r'a.csv, line 2: no "label"; found text, class'),
         ("a.csv", "text,label\nx,positive\n", r'"label" = "positive": allowed are the integers'),
+        ("a.jsonl", '{"text": "a\\ud800", "label": 0}\n', r'line 1: "text" = "a.ud800": allowed is a text'),
+        ("a.jsonl", '{"text": ' + "[" * 100_000 + "\n", r"line 1: not valid JSON .nested too deeply"),
+        ("a.jsonl", '{"text": "x", "label": ' + "9" * 5000 + "}\n", r"line 1: not valid JSON"),
+        ("a.jsonl", '{"text": "x", "label": ' + "[" * 900 + "]" * 900 + "}\n", r'"label" = \[\[.*\.\.\.: allowed'),
+        ("a.jsonl", '{"text": "x", "label": 0, "label": 1}\n', r'line 1: duplicate key "label"'),
+        ("a.jsonl", '{"text": "x", "label": NaN}\n', r'"label" = NaN: allowed are the integers'),
+        ("a.csv", "text,label\nx,٤\n", r'"label" = ".*": allowed are the integers'),
+        ("a.csv", "text,label\nx," + "9" * 5000 + "\n", r'"label" = "9+\.\.\.: allowed are the integers'),
+        ("a.csv", "label,text\n1,hello, world\n", r'line 2: more fields than the header names, from " world" on'),
         ("a.txt", "x", r"a.txt: allowed are .jsonl, .json, .csv"),
     ],
 )
@@ -340,7 +465,38 @@ def test_csv_and_json_lines_give_the_same_rows(tmp_path):
     assert text_data.read_text_file(str(tmp_path / "a.jsonl")) == rows
 
 
+def test_byte_order_mark_is_no_part_of_the_data(tmp_path):
+    for name, content in (("a.jsonl", '{"text": "x", "label": 0}\n'), ("a.csv", "text,label\nx,0\n")):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert text_data.read_text_file(str(tmp_path / name)) == [{"text": "x", "label": 0}]
+
+
+def test_hub_texts_pass_the_checks_of_files(tmp_path):
+    def load(rows, features=None):
+        shutil.rmtree(tmp_path / "hub", ignore_errors=True)
+        make = datasets.Dataset.from_dict if isinstance(rows, dict) else datasets.Dataset.from_list
+        make(rows, features=features).to_parquet(tmp_path / "hub" / "train.parquet")
+        options = {"files": {}, "splits": ["train"], "cache_dir": str(tmp_path / "cache")}
+        return text_data.load_texts(dataset_name=str(tmp_path / "hub"), **options)["train"]
+
+    classes = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = [{"text": "x", "label": 1}, {"text": "y", "label": 0}]
+    assert load(rows, classes) == rows == load(rows)
+    for bad, message in (
+        ({"text": " ", "label": 0}, r'train row 2: "text" = " "'),
+        ({"text": "x", "label": -1}, r'train row 2: "label" = -1'),
+        ({"text": None, "label": 0}, r'train row 2: no "text"'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load([*rows, bad])
+    with pytest.raises(ValueError, match="no rows in it"):
+        load({"text": [], "label": []})
+
+
 def test_labels_must_be_complete_and_known():
+    for label in (2, 10**9, 10**30):
+        with pytest.raises(ValueError, match="the labels must be 0 to K-1"):
+            text_data.number_of_classes([{"label": 0}, {"label": 1}, {"label": label + 1}], "train.jsonl")
     with pytest.raises(ValueError, match="labels .0, 2.: the labels must be 0 to K-1"):
         text_data.number_of_classes([{"label": 0}, {"label": 2}], "train.jsonl")
     with pytest.raises(ValueError, match="test.jsonl, row 2: label 2: the classifier has 0 to 1"):
@@ -362,20 +518,20 @@ def test_shell_scripts_run_from_anywhere_and_pass_flags_last(python_stub):
 
     types = (text_classification.ModelArguments, text_classification.TrainingTextArguments)
     train = words("train.sh", "--max_seq_length", "9")
-    parser = text_classification.HfArgumentParser([*types, text_classification.TrainingArguments])
+    parser = HfArgumentParser([*types, text_classification.TrainingArguments])
     _, texts, _ = parser.parse_args_into_dataclasses(train[train.index("--model_name_or_path") :])
     assert texts.train_file == "my train.jsonl" and texts.max_seq_length == 9
 
     found = words("attack.sh", "--attack_bits", "eot", "--num_samples", "7")
     types = (attack_setup.ClassifierArguments, text_classification.TextArguments, whitebox_attack.AttackArguments)
-    parser = text_classification.HfArgumentParser(types)
+    parser = HfArgumentParser(types)
     _, _, args = parser.parse_args_into_dataclasses(found[1:])
     assert args.attack_bits == "eot" and args.num_samples == 7 and args.output_dir.endswith("results/attack_eot")
     assert words("attack.sh", ATTACK_BITS="x/mine.json")[-1].endswith("results/attack_mine")
 
     found = words("eval.sh", "--repetitions", "3", ATTACK_DIRS="a b")
     at = found.index(str(ROOT / "adv_attack" / "random_precision_inference.py"))
-    parser = text_classification.HfArgumentParser((attack_setup.ClassifierArguments, rpi.RandomPrecisionArguments))
+    parser = HfArgumentParser((attack_setup.ClassifierArguments, rpi.RandomPrecisionArguments))
     _, args = parser.parse_args_into_dataclasses(found[at + 1 :])
     assert args.attack_dirs == ["a", "b"] and args.repetitions == 3
 

@@ -2,10 +2,14 @@
 
 import json
 import pathlib
+import time
 
 import pytest
 
-from models.bit_config import describe_bit_config, has_kv, resolve_bit_config, short_name
+from models.bit_config import ALLOWED_BITS, config_name, describe_bit_config, has_kv, resolve_bit_config, short_name
+from models.errors import UserError
+from models.modeling_gpt2_quant import QuantLinear
+from models.quantization import FLOAT_BITS
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 SHAPES = {}
@@ -67,10 +71,19 @@ def test_description_of_hand_counted_layers():
     resolved = resolve_bit_config({C_ATTN: "W4A8KV8", C_FC: 32}, shapes)
     assert describe_bit_config(resolved, shapes) == {
         "average_w_bits": (12 * 4 + 16 * 32) / 28,
-        "weight_bytes": 12 // 2 + 6 * 4 + 16 * 4,
+        "weight_bytes": 6 * 1 + 6 * 4 + 16 * 4,
         "bitops_per_token": 12 * 4 * 8 + 16 * 32 * 32,
         "layers_per_w_bits": {"4": 1, "32": 1},
     }
+
+
+def test_weight_bytes_are_those_that_a_model_holds():
+    for bits in ALLOWED_BITS:
+        layer = QuantLinear(7, 5).requires_grad_(False)
+        layer.w_bits = bits
+        held = [layer.weight] if bits in FLOAT_BITS else layer.stored_codes([bits])[bits]
+        resolved = {"mlp": {"w_bits": bits, "a_bits": 8}}
+        assert describe_bit_config(resolved, {"mlp": (5, 7)})["weight_bytes"] == sum(tensor.nbytes for tensor in held)
 
 
 BAD = [
@@ -140,3 +153,86 @@ def test_refused_files(text, message, tmp_path):
 def test_missing_file():
     with pytest.raises(FileNotFoundError, match="nowhere.json: no such bit-width config"):
         resolve("nowhere.json")
+
+
+# ---- whatever is typed: one UserError, at once, in a few lines
+
+
+def refusal(config):
+    """The message of a config that is refused within a second or two and not echoed."""
+    start = time.process_time()
+    with pytest.raises((UserError, FileNotFoundError)) as caught:
+        resolve(config)
+    message = str(caught.value)
+    assert time.process_time() - start < 3
+    assert len(message.splitlines()) <= 22 and max(map(len, message.splitlines())) < 500
+    return message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"default": ' + "[" * 100_000, "nested too deeply"),
+        ('{"default": ' + "[" * 900 + "]" * 900 + "}", "is not a bit-width"),
+        ('{"a": ' * 100_000, "nested too deeply"),
+        ('{"default": ' + "9" * 5000 + "}", "not valid JSON"),
+        ('{"default": ' + "9" * 4000 + "}", "is not a bit-width"),
+        ('{"default": NaN}', "NaN is not a bit-width"),
+        ('{"default": -Infinity}', "-Infinity is not a bit-width"),
+        ('{"default": 4.0}', "4.0 is not a bit-width"),
+        ('{"default": ""}', '"" is not a bit-width'),
+        ('{"default": "W04A08"}', '"W04A08" is not a bit-width'),
+        ('{"default": "W٤A٨"}', "is not a bit-width"),
+        ('{"default": "' + "x" * 10**7 + '"}', '"xxxxx'),
+        ('{"default": [' + "1," * 10**6 + "1]}", "[1, 1, 1"),
+        ('{"default": 8, "' + "*a" * 10**6 + '": 4}', "longer than 100 characters"),
+        ('{"default": 8, "' + "[" * 20_000 + '": 4}', "longer than 100 characters"),
+        ('{"default": 8, "*[!": 4, "[]": 4}', '"[]" matches no layer'),
+        ('{"default": 8, "": 4}', '"" matches no layer'),
+        ('{"default": 8, "a\\n\\u001b[31m": 4}', '"a\\n\\u001b[31m" matches no layer'),
+        ('{"default": 8, "\\ud800": "\\ud800"}', '"\\ud800" matches no layer'),
+        (json.dumps({f"*layer{i}[ab]*": 4 for i in range(10_000)}), "found 10000 keys"),
+        (json.dumps({f"layer{i}": 4 for i in range(900)}), "... and 880 more"),
+        (json.dumps({"default": {f"f{i}": 4 for i in range(10_000)}}), 'unknown field "f0" and 9999 more'),
+        ("{" + ",".join(f'"k{i % 5000}": 4' for i in range(100_000)) + "}", "and 4995 more: keep one of them"),
+        ('"W4A8"', "expected a JSON object"),
+        ("NaN", "expected a JSON object"),
+    ],
+    ids=range(25),
+)
+def test_files_of_any_kind_are_refused_at_once(text, message, tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text(text, encoding="utf-8")
+    found = refusal(path)
+    assert message in found and str(path) in found
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["W٤A٨", "W04A08", "W4A8KV08", "٨", "²", "08", "-4", " 8", "8.0", "8" * 100_000, "W" + "8" * 100_000 + "A8", "",
+     "a\0b", ".", b"8", {4, 8}, {0: 4}, {"default": 8, 1: 4}, {"default": b"8"}, {"default": {1: 4}}, None, 8.0, True,
+     10**5000, float("nan"), [8], {"default": 10**5000}, {"default": {8}}],
+    ids=range(28),
+)  # fmt: skip
+def test_what_is_no_config_is_refused(config):
+    refusal(config)
+
+
+def test_a_width_as_text_is_the_width(tmp_path, monkeypatch):
+    assert resolve("8") == resolve(8) and resolve("32") == resolve(32)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "8").write_text('{"default": 4}')
+    assert resolve("8") == resolve(8), "a width is no file name"
+    for bits in ("0", "9", "12"):
+        with pytest.raises(ValueError, match=f"{bits} is not a bit-width"):
+            resolve(bits)
+
+
+def test_byte_order_mark_is_no_part_of_a_config(tmp_path):
+    (tmp_path / "a.json").write_text('{"default": 8}', encoding="utf-8-sig")
+    assert resolve(tmp_path / "a.json") == resolve(8)
+
+
+def test_names_of_configs():
+    assert config_name("8") == "W8A8KV8" and config_name("W4A8") == "W4A8"
+    assert config_name("configs/hybrid.v2.json") == "hybrid.v2" and config_name("W04A08") == "W04A08"

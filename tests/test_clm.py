@@ -19,6 +19,7 @@ with experiment("switch_precision"):
     import perplexity
     import run_clm
     from models.modeling_gpt2_quant import QuantGPT2LMHeadModel
+    from perplexity import read_tokens
     from run_qa import plain_errors
 
 TRAIN = ["--block_size", "32", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--max_steps", "4"]
@@ -54,6 +55,19 @@ def read_json(path):
 
 
 # ---- perplexity
+
+
+def test_byte_order_mark_is_no_part_of_a_text(tiny_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    found = []
+    for name, encoding in (("plain", "utf-8"), ("marked", "utf-8-sig")):
+        (tmp_path / name).write_text("Ada has the kite. " * 9, encoding=encoding)
+        arguments = generate.GenerationArguments(prompt_file=str(tmp_path / name))
+        found.append((read_tokens(tmp_path / name, tokenizer, 2).tolist(), generate.read_prompts(arguments)))
+    assert found[0] == found[1]
+    (tmp_path / "utf16").write_text("Ada", encoding="utf-16")
+    with pytest.raises(ValueError, match="utf16: not UTF-8 text"):
+        read_tokens(tmp_path / "utf16", tokenizer, 2)
 
 
 @pytest.mark.parametrize(
@@ -217,16 +231,16 @@ def test_run_clm_refuses(words, message, tiny_model, text_files, tmp_path, monke
     assert message in error_of(
         monkeypatch, run_clm, "--model_name_or_path", tiny_model, "--output_dir", out, "--use_cpu", "True", *words
     )
-    assert not out.exists()
+    assert not out.exists() or os.listdir(out) == [".lock"]
 
 
 def test_loss_that_is_not_finite_stops(tiny_model, text_files, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        run_clm.Trainer, "compute_loss", lambda *args, **kwargs: torch.tensor(torch.nan, requires_grad=True)
+        run_clm.ResumableTrainer, "compute_loss", lambda *args, **kwargs: torch.tensor(torch.nan, requires_grad=True)
     )
     words = ["--model_name_or_path", tiny_model, "--train_file", text_files[0], "--do_train"]
     message = error_of(monkeypatch, run_clm, *words, "--output_dir", tmp_path / "run", *TRAIN)
-    assert "loss is nan at step 1 (W8A8KV8); last good checkpoint: none yet" in message
+    assert "loss is nan at step 1 (W8A8KV8); last checkpoint: none yet" in message
 
 
 # ---- generate.py
@@ -300,3 +314,10 @@ def test_checkpoint_of_another_head_is_refused(tiny_model, tmp_path, monkeypatch
         assert "qa_outputs" in error_of(monkeypatch, generate, "--model_name_or_path", tmp_path, "--prompt", "a")
     finally:
         logging.disable(logging.NOTSET)
+
+
+def test_tokens_are_counted_up_to_the_end_token_of_each_text():
+    tokens = torch.tensor([[5, 6, 0, 0], [0, 0, 0, 0], [5, 6, 7, 8], [5, 9, 0, 7]])
+    assert generate.count_tokens(tokens, 0) == 3 + 1 + 4 + 3
+    assert generate.count_tokens(tokens, [0, 9]) == 3 + 1 + 4 + 2
+    assert generate.count_tokens(tokens, None) == 16

@@ -18,7 +18,7 @@ from fractions import Fraction
 import matplotlib.image
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, experiment
 
@@ -342,7 +342,7 @@ def test_resumed_in_the_middle_of_a_cycle(run, dropout_model, tmp_path):
     killed = tmp_path / "killed"
     killed.mkdir()
     shutil.copytree(tmp_path / "out" / "checkpoint-5", killed / "checkpoint-5")
-    shutil.copy(tmp_path / "out" / run_qa.SETTINGS_FILE, killed)
+    shutil.copy(tmp_path / "out" / "run_settings.json", killed)
     record = run(*RESUME, out="killed", model=dropout_model)
     assert record["steps"] == 12 and logged_bits(killed) == logged_bits(tmp_path / "out") == sequence(12, 3, 4, 8)
     assert_equal_weights(tmp_path / "out", killed)
@@ -387,16 +387,32 @@ def test_killed_run_resumes_to_the_same_weights(argv, dropout_model, tmp_path):
 
 
 def test_improvements_by_hand():
-    accuracies = [0.0, 0.1, 0.1, 0.0, 0.1, 0.3, 0.4, 0.6]
-    low, high = range_test.improvements(accuracies, steps_per_bit=4, window=2)
-    assert (low["bits"], low["first"], low["last"], low["improvement"]) == (2, 0.05, 0.05, 0)
-    assert high["bits"] == 3 and high["first"] == pytest.approx(0.2) and high["last"] == pytest.approx(0.5)
-    assert high["improvement"] == pytest.approx(0.3)
-    # sample variances 0.02 and 0.02, each of a mean of two
-    assert high["standard_error"] == pytest.approx(0.02**0.5)
-    assert range_test.find_min_bits([low, high], 0.29) == 3
-    assert range_test.find_min_bits([low, high], 0.31) is None
-    assert range_test.find_min_bits([low, high], -1) == 2, "the first one counts"
+    starts, accuracies = [[0.0, 0.2], [0.1]], [[0.0, 0.1, 0.1, 0.3], [0.1, 0.3, 0.4, 0.6]]
+    low, high = range_test.improvements(starts, accuracies, window=2)
+    assert (low["bits"], low["first"]) == (2, 0.1) and (high["bits"], high["first"]) == (3, 0.1)
+    assert low["improvement"] == pytest.approx(0.1) and high["improvement"] == pytest.approx(0.4)
+    # sample variances 0.02 each of a mean of two; a single batch before training counts as exact
+    assert low["standard_error"] == pytest.approx(0.02**0.5) and high["standard_error"] == pytest.approx(0.1)
+
+
+def test_min_bits_by_hand():
+    def rows(*pairs):
+        return [{"bits": bits, "improvement": i, "standard_error": e} for bits, (i, e) in enumerate(pairs, 2)]
+
+    def found(*pairs, share=0.6, threshold=0.02):
+        return range_test.find_min_bits(rows(*pairs), threshold, share)
+
+    assert found((0, 0.01), (0.3, 0.01), (0.5, 0.01)) == (3, False), "exactly at the share"
+    assert found((0, 0.01), (0.3, 0.01), (0.5, 0.01), share=0.5) == (3, True)
+    assert found((0.28, 0.01), (0.5, 0.01), (0.5, 0.01)) == (3, False), "2 bits are within the noise of 0.6"
+    assert found((0.45, 0.01), (0.1, 0.01), (0.5, 0.01)) == (2, True), "the lowest one counts"
+    assert found((0, 0), (0.1, 0), (0.5, 0)) == (4, True), "the highest always has its own improvement"
+    assert found((0.5, 0), (0.5, 0), (0.5, 0), threshold=0.5) == (None, False)
+    assert found((0, 0), (0, 0), (0.5, 0.25)) == (None, False), "the highest width itself may be noise"
+    judged = rows((0.3, 0.03), (0.5, 0.05))
+    range_test.find_min_bits(judged, 0.02, 0.6)
+    assert judged[0]["share"] == pytest.approx(0.6) and judged[1]["share_error"] == 0
+    assert judged[0]["share_error"] == pytest.approx((0.03**2 + (0.6 * 0.05) ** 2) ** 0.5 / 0.5)
 
 
 def test_accuracy_counts_windows_with_an_answer(run, monkeypatch, tmp_path):
@@ -415,44 +431,86 @@ def test_accuracy_counts_windows_with_an_answer(run, monkeypatch, tmp_path):
     outputs = {"loss": torch.zeros(()), "start_logits": start, "end_logits": end}
     for _ in range(2):  # micro-batches of one step
         trainer.compute_loss(lambda **inputs: outputs, {"attention_mask": mask, **labels})
-    assert trainer._counts[0].tolist() == [4, 6] and trainer.accuracies() == [pytest.approx(2 / 3)]
+    assert trainer._counts[0].tolist() == [4, 6]
+    assert trainer.accuracies(trainer._counts.values()) == [pytest.approx(2 / 3)]
 
 
 RANGE = ("--precision_range_test", "--bit_widths", 4, 5, "--range_test_steps", 8, "--range_test_window", 2)
 
 
-def test_range_test_trains_upwards_and_finds_where_learning_begins(run, forwards, tmp_path, capsys):
-    """Memorizing 8 questions on a random base: hopeless at 2 bits, easy at 5."""
-    flags = ("--max_train_samples", 8, "--learning_rate", "1e-2", "--range_test_steps", 30, "--range_test_window", 8)
-    flags += ("--lr_scheduler_type", "cosine", "--warmup_steps", 10, "--eval_strategy", "steps", "--save_steps", 3)
-    record = run(*RANGE, *flags, "--range_test_threshold", "0.3")
-    expected = [bits for bits in (2, 3, 4, 5) for _ in range(30)]
-    assert [bits for _, (bits, _, _) in forwards] == expected
+MEMORIZE = ("--max_train_samples", 8, "--learning_rate", "1e-2", "--range_test_steps", 40, "--range_test_window", 8)
+
+
+def with_weights(tiny_model, folder, outlier):
+    """The tiny model with weights of plus and minus 0.15, which every width represents exactly: 2 bits too.
+
+    With `outlier`, each row has one weight of 7 * 0.15 as well: 4 bits just represent both, and 2 and 3 bits round all
+    others to zero, so that the attention to the question is lost.
+    """
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        if ".h." in name and weight.ndim == 2:  # (in, out)
+            weights[name] = 0.15 * weight.sign()
+            if outlier:
+                weights[name][0] = 7 * 0.15
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(("outlier", "min_bits"), [(False, 2), (True, 4)])
+def test_range_test_finds_the_lowest_width_that_can_learn(outlier, min_bits, run, tiny_model, tmp_path, capsys):
+    model = with_weights(tiny_model, tmp_path / "model", outlier)
+    record = run(*RANGE, *MEMORIZE, "--cycle", "w", model=model)
     found = json.loads((tmp_path / "out" / "range_test.json").read_text())
-    assert found["rows"] == range_test.improvements(found["accuracies"], 30, 8) and len(found["accuracies"]) == 120
-    assert found["accuracies"][-1] == 1.0 and found["accuracies"][0] < 0.5, "its weights were updated"
-    assert found["min_bits"] == record["metrics"]["min_bits"] in (2, 3, 4, 5)
+    assert record["metrics"]["min_bits"] == found["min_bits"] == min_bits and found["clear"]
+    # 2 and 3 bits have the same weights: the same start, batches and optimizer give the same accuracies
+    assert found["accuracies"][0] == found["accuracies"][1] and found["start_accuracies"][0] == [0.0]
+    assert [row["last"] == 1 for row in found["rows"]] == [not outlier, not outlier, True, True]
     printed = capsys.readouterr().out
-    assert f"min_bits = {found['min_bits']}" in printed and printed.count("\n| ") >= 4
-    assert set(re.findall(r"'learning_rate': '([^']+)'", printed)) == {"0.01"}, "neither warmup nor decay"
+    assert f"min_bits = {min_bits}: the lowest width with at least 0.6" in printed and "not clear" not in printed
+
+
+def test_range_test_trains_every_width_from_the_same_start(run, forwards, monkeypatch, tmp_path):
+    starts, batches, original = [], [], training.CyclicPrecisionTrainer.training_step
+
+    def watch(self, model, inputs, *rest):
+        if self.state.global_step == 0:
+            starts.append({n: v.detach().clone() for n, v in model.named_parameters() if v.requires_grad})
+        batches.append(inputs["input_ids"].tolist())
+        return original(self, model, inputs, *rest)
+
+    monkeypatch.setattr(training.CyclicPrecisionTrainer, "training_step", watch)
+    flags = ("--lr_scheduler_type", "cosine", "--warmup_steps", 10, "--eval_strategy", "steps", "--save_steps", 3)
+    record = run(*RANGE, *flags, "--range_test_threshold", "0")
+    assert [bits for _, (bits, _, _) in forwards] == [bits for bits in (2, 3, 4, 5) for _ in range(8)]
+    assert len(starts) == 4 and all(torch.equal(starts[0][n], v) for start in starts for n, v in start.items())
+    assert batches[:8] == batches[8:16] == batches[24:] and batches[0] != batches[1]
+    found = json.loads((tmp_path / "out" / "range_test.json").read_text())
+    assert [len(steps) for steps in found["accuracies"]] == [8] * 4 and record["metrics"]["train_runtime"] > 0
     assert matplotlib.image.imread(tmp_path / "out" / "range_test.png").std() > 0
     assert not (tmp_path / "out" / "model.safetensors").exists(), "a probe leaves no model"
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
-def test_range_test_says_when_no_width_passes(run, tmp_path, capsys):
+def test_learning_rate_of_the_range_test_is_constant(run, capsys):
+    run(*RANGE, "--lr_scheduler_type", "cosine", "--warmup_steps", 10)
+    found = re.findall(r"'learning_rate': '([^']+)'", capsys.readouterr().out)
+    assert len(found) == 32 and set(found) == {"0.003"}
+
+
+def test_range_test_says_when_the_highest_width_does_not_learn(run, tmp_path, capsys):
     record = run(*RANGE, "--range_test_threshold", "2")
     assert record["metrics"]["min_bits"] is None
     assert json.loads((tmp_path / "out" / "range_test.json").read_text())["min_bits"] is None
-    assert "no width improves by more than 2.0: the test is not passed" in capsys.readouterr().out
+    assert "5 bits do not improve by more than 2.0 and two standard errors" in capsys.readouterr().out
 
 
-def test_range_test_warns_of_noise(tmp_path):
-    noisy = [0.1, 0.3, 0.2, 0.0, 0.2, 0.1, 0.4, 0.3, 0.1, 0.1]
-    steady = [0.1, 0.3, 0.2, 0.0, 0.2, 0.8, 0.9, 0.9, 1.0, 1.0]
-    for accuracies, warned in ((noisy, True), (steady, False)):
-        min_bits, lines = range_test.report(accuracies, 10, 5, 0.02, tmp_path, write=False)
-        assert min_bits == 2 and ("it may be noise" in lines[-1]) == warned
+def test_range_test_says_when_it_is_not_clear(tmp_path):
+    noisy, steady = [0.1, 0.9, 0.4, 1.0, 0.6], [0.9, 1.0, 0.9, 1.0, 0.9]
+    for low, warned in ((noisy, True), (steady, False)):
+        min_bits, lines = range_test.report([[0.0], [0.0]], [low, steady], 5, 0.02, 0.6, tmp_path, write=False)
+        assert min_bits == 2 and ("not clear" in lines[-1]) == warned
     assert not list(tmp_path.iterdir())
 
 
@@ -711,7 +769,7 @@ def test_range_test_counts_on_all_processes(argv, tmp_path):
         text=True,
     )
     found = json.loads((tmp_path / "out" / "range_test.json").read_text())["accuracies"]
-    assert len(found) == 32 and all((8 * value).is_integer() for value in found), "8 windows a step"
+    assert len(sum(found, [])) == 32 and all((8 * value).is_integer() for value in sum(found, [])), "8 windows a step"
     assert done.stdout.count("| 2 | ") == 1
 
 
@@ -736,16 +794,17 @@ def test_range_test_counts_on_all_processes(argv, tmp_path):
         (("--gradient_bits", 1), "--gradient_bits 1: allowed are 2 to 16, or 32"),
         (("--gradient_bits", 24), "--gradient_bits 24: allowed are 2 to 16, or 32"),
         (("--precision_range_test", "--range_test_window", 51), "2 to half of --range_test_steps 100"),
+        (("--precision_range_test", "--range_test_share", 1.5), "allowed are above 0 up to 1"),
         (("--precision_range_test", "--bit_widths", 32, 32), "32 is no such width"),
         (("--precision_range_test", "--resume_from_checkpoint", "x"), "no --resume_from_checkpoint"),
-        (("--lora_r", 0), "r = 0"),
+        (("--lora_r", 0), "--lora_r 0: must be a number above 0"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_refused_before_any_compute(flags, message, run, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(*flags)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() or os.listdir(tmp_path / "out") == [".lock"]
 
 
 PUBLISHED = """--model_name_or_path /path/to/model --dataset_name squad --do_train --do_eval

@@ -22,24 +22,22 @@ HYBRID = {"default": 8, "transformer.h.1.*": 4}
 
 @pytest.fixture
 def model(tiny_model):
-    """Adapters of 4 and 8 bits with B != 0, and embeddings that float16 holds exactly."""
+    """Adapters of 4 and 8 bits with B != 0."""
     torch.manual_seed(1)
     model = QuantGPT2ForQuestionAnswering.from_pretrained(tiny_model)
     model.add_lora([4, 8], r=2)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.05)
-    for module in (model.transformer.wte, model.transformer.wpe):
-        module.weight.data = module.weight.data.half().float()
     return model
 
 
-def export(model, folder, *configs):
+def export(model, folder, *configs, **options):
     resolved = []
     for config in configs:
         with model.bit_config(config) as found:
             resolved.append(found)
-    return save_exported(model, folder, served_widths(resolved), resolved[0])
+    return save_exported(model, folder, served_widths(resolved), resolved[0], **options)
 
 
 def logits(model, config=None):
@@ -66,9 +64,9 @@ def test_integer_execution_of_an_exported_model(model, tmp_path):
     torch.testing.assert_close(logits(exported), logits(model, HYBRID), rtol=1e-4, atol=1e-5)
 
 
-def test_embeddings_come_back_rounded_to_float16(tiny_model, tmp_path):
+def test_embeddings_of_float16_come_back_rounded(tiny_model, tmp_path):
     model = QuantGPT2ForQuestionAnswering.from_pretrained(tiny_model)
-    export(model, tmp_path, 8)
+    export(model, tmp_path, 8, embeddings_dtype=torch.float16)
     exported = QuantGPT2ForQuestionAnswering.from_pretrained(tmp_path)
     assert torch.equal(exported.transformer.wte.weight, model.transformer.wte.weight.half().float())
     assert not torch.equal(exported.transformer.wte.weight, model.transformer.wte.weight)
@@ -87,7 +85,7 @@ def test_the_file_holds_what_the_configs_need_and_no_float_weights(model, tmp_pa
         assert f"{name}.lora_A.{bits}.weight" in state and f"{name}.lora_A.{12 - bits}.weight" not in state
     weights = sum(out * inp for out, inp in model.layer_shapes().values())
     assert parts["codes"] == weights * 6 // 8  # half of the blocks at 8, half at 4 bits
-    assert parts["embeddings"] == 2 * (model.transformer.wte.weight.numel() + model.transformer.wpe.weight.numel())
+    assert parts["embeddings"] == 4 * (model.transformer.wte.weight.numel() + model.transformer.wpe.weight.numel())
     assert sum(parts.values()) == sum(tensor.nbytes for tensor in state.values())
 
 
@@ -102,8 +100,6 @@ def test_widths_that_were_left_out_are_refused(model, tmp_path):
 
 def test_language_model_keeps_its_tied_head(tiny_model, tmp_path):
     model = QuantGPT2LMHeadModel.from_pretrained(tiny_model)
-    model.transformer.wte.weight.data = model.transformer.wte.weight.data.half().float()
-    model.transformer.wpe.weight.data = model.transformer.wpe.weight.data.half().float()
     export(model, tmp_path, 4)
     exported = QuantGPT2LMHeadModel.from_pretrained(tmp_path)
     ids = torch.arange(10).view(1, 10)
@@ -154,7 +150,9 @@ def test_a_damaged_file_is_refused(model, tmp_path, fault):
         if fault == "missing":
             del state[key]
         save_file(state, path)
-    expected = {"missing": f"no {key}", "shape": "codes at 8 bits are", "truncated": "damaged or truncated"}[fault]
+    expected = {"missing": f'"{key}" is missing', "shape": f'"{key}" is int8', "truncated": "damaged or truncated"}[
+        fault
+    ]
     with pytest.raises(ValueError, match=expected):
         QuantGPT2ForQuestionAnswering.from_pretrained(tmp_path)
 
@@ -166,9 +164,6 @@ def test_a_damaged_file_is_refused(model, tmp_path, fault):
 def checkpoint(model, tiny_model, tmp_path):
     """Adapter checkpoint as run_qa.py leaves it."""
     folder = tmp_path / "checkpoint"
-    model.set_base(tiny_model)
-    model.transformer.wte.weight.data.copy_(load_file(f"{tiny_model}/model.safetensors")["transformer.wte.weight"])
-    model.transformer.wpe.weight.data.copy_(load_file(f"{tiny_model}/model.safetensors")["transformer.wpe.weight"])
     model.set_base(tiny_model)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -202,10 +197,45 @@ def test_script_writes_a_folder_that_opens_and_a_record(checkpoint, script, caps
     assert not [path for path in out.iterdir() if path.name.startswith(".saving")]
 
 
+def test_script_measures_the_answers_that_change(checkpoint, script, capsys, squad_files, tmp_path):
+    script("--model_name_or_path", checkpoint, "--output_dir", tmp_path / "plain")
+    assert "not measured" in capsys.readouterr().out
+    assert json.loads((tmp_path / "plain" / "export.json").read_text())["changed_answers"] == "not measured"
+    for dtype in ("float32", "float16"):
+        out = tmp_path / dtype
+        flags = ("--bit_configs", "4", "8", "--embeddings", dtype)
+        data = ("--validation_file", squad_files[1], "--max_seq_length", "64", "--doc_stride", "16")
+        script("--model_name_or_path", checkpoint, "--output_dir", out, *flags, *data)
+        record = json.loads((out / "export.json").read_text())
+        changes = record["changed_answers"]
+        assert list(changes) == ["W4A4KV4", "W8A8KV8"] and record["embeddings"] == dtype
+        assert all(change["questions"] == 14 for change in changes.values())
+        assert record["data"]["validation"]["examples"] == 14 and str(checkpoint).endswith(record["model"][-10:])
+        if dtype == "float32":
+            assert all(change["changed"] == 0 for change in changes.values())
+        assert f"{changes['W4A4KV4']['changed']} of 14 answers differ" in capsys.readouterr().out
+    sizes = [(tmp_path / dtype / "model.safetensors").stat().st_size for dtype in ("float32", "float16")]
+    assert sizes[1] < sizes[0]
+
+
+def test_changed_answers_are_counted():
+    with experiment("switch_precision"):
+        from export import compare_answers
+    before, after = {"a": "x", "b": "y", "c": "z"}, {"a": "x", "b": "", "c": "w"}
+    found = compare_answers(({"W4": before}, {"W4": 50.0}, {}), ({"W4": after}, {"W4": 40.0}, {}))
+    assert found == {"W4": {"questions": 3, "changed": 2, "exact_match": [50.0, 40.0]}}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ((), "--output_dir is missing"),
+        (("--output_dir", "OUT", "--embeddings", "int8"), "--embeddings int8: allowed are float32, float16"),
+        (("--output_dir", "OUT", "--max_eval_samples", "0"), "--max_eval_samples 0: must be at least 1"),
+        (
+            ("--output_dir", "OUT", "--head", "QuantGPT2LMHeadModel", "--dataset_name", "squad"),
+            "answers are compared for question answering",
+        ),
         (("--output_dir", "CHECKPOINT"), "is the checkpoint itself"),
         (("--output_dir", "OUT", "--head", "GPT2Model"), "--head GPT2Model: allowed are"),
         (("--output_dir", "OUT", "--bit_configs", "5"), "w_bits = 5"),

@@ -8,7 +8,11 @@ import sys
 import pytest
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
+from conftest import experiment
 from squad_data import load_squad_json
+
+with experiment("quickstart"):
+    import make_model
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "quickstart"
@@ -52,6 +56,32 @@ def test_tiny_model_is_stock_gpt2_and_made_once(data):
     model, tokenizer = GPT2LMHeadModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.config.model_type == "gpt2" and len(tokenizer) == model.config.vocab_size
     assert "up to date" in run("make_model.py", *arguments).stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--max_steps", 0), "--max_steps 0: must be at least 1"),
+        (("--batch_size", -1), "--batch_size -1: must be at least 1"),
+        (("--vocab_size", 9), "--vocab_size 9: must be at least 257"),
+        (("--learning_rate", "nan"), "--learning_rate nan"),
+        (("--output_dir", "/proc/nowhere"), "/proc/nowhere"),
+    ],
+)
+def test_model_flags_that_cannot_work(flags, message, tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    done = run("make_model.py", "--text_file", tmp_path / "a.txt", "--output_dir", tmp_path / "model", *flags)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_documents_with_a_byte_order_mark_and_broken_ones(tmp_path):
+    for name, text, expected in (("a.txt", "one\n\ntwo", ["one", "two"]), ("a.jsonl", '{"text": "one"}\n', ["one"])):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert make_model.read_documents(tmp_path / name) == expected
+    for text in ('{"text": 3}', '{"text": "\\ud800"}', "[" * 100_000, "3", '{"x": 1}', '{"text": ' + "9" * 5000, ""):
+        (tmp_path / "a.jsonl").write_text(text)
+        with pytest.raises(ValueError, match="a.jsonl"):
+            make_model.read_documents(tmp_path / "a.jsonl")
 
 
 def test_model_without_data_is_one_clear_error(tmp_path):

@@ -15,11 +15,25 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+import resuming
 import run_qa
+import run_qa_eval
+import squad_data
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
-from trainer_qa import last_complete_checkpoint
+from record import load_state, write_state
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(("bits", "kept"), [("8", False), ("W4A8KV8", False), ("16", True), (None, True)])
+def test_an_evaluation_at_quantized_bits_keeps_only_codes(bits, kept, run, monkeypatch):
+    trainers, trainer_class = [], run_qa.QuestionAnsweringTrainer
+    monkeypatch.setattr(
+        run_qa, "QuestionAnsweringTrainer", lambda **kwargs: trainers.append(trainer_class(**kwargs)) or trainers[-1]
+    )
+    flags = ("--bit_widths" if bits.isdigit() else "--bit_config", bits) if bits else ()
+    run(*flags, train=False)
+    assert {layer.weight is not None for layer in trainers[0].model.quant_layers().values()} == {kept}
 
 
 @pytest.fixture
@@ -158,12 +172,12 @@ def test_resumed_run_equals_the_uninterrupted_one(run, tmp_path):
     killed = tmp_path / "killed"
     killed.mkdir()
     shutil.copytree(tmp_path / "out" / "checkpoint-2", killed / "checkpoint-2")
-    shutil.copy(tmp_path / "out" / run_qa.SETTINGS_FILE, killed)
+    shutil.copy(tmp_path / "out" / resuming.SETTINGS_FILE, killed)
     shutil.copytree(tmp_path / "out" / "checkpoint-4", killed / "checkpoint-4")
     (killed / "checkpoint-4" / "trainer_state.json").unlink()  # killed while writing
-    assert last_complete_checkpoint(killed) == str(killed / "checkpoint-2")
+    (killed / "checkpoint-4" / resuming.MANIFEST_FILE).unlink()
     record = run(*STEPS, out="killed")
-    assert record["steps"] == 4
+    assert record["steps"] == 4 and record["continues"].endswith("killed/checkpoint-2")
     expected, found = weights(tmp_path / "out"), weights(killed)
     assert expected.keys() == found.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
@@ -173,7 +187,10 @@ def test_killed_before_the_first_checkpoint_starts_again(run, tmp_path):
     for name in ("checkpoint-2", "checkpoint-4"):
         shutil.rmtree(tmp_path / "out" / name)
     before = weights(tmp_path / "out")
-    run(*STEPS)
+    settings = load_state(tmp_path / "out" / resuming.SETTINGS_FILE)
+    del settings["finished"]
+    write_state(tmp_path / "out" / resuming.SETTINGS_FILE, settings)
+    assert run(*STEPS)["continues"] is None
     assert all(torch.equal(value, before[key]) for key, value in weights(tmp_path / "out").items())
 
 
@@ -192,13 +209,13 @@ def test_other_settings_do_not_continue_a_run(run, tmp_path):
         run(*STEPS, "--bit_widths", "8")
     assert len(weights(tmp_path / "out")) == 8 * 2 + 2
     run(*STEPS, "--bit_widths", "8", "--overwrite_output_dir", "--max_steps", "1")
-    assert last_complete_checkpoint(tmp_path / "out").endswith("checkpoint-1")
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 def test_incomplete_checkpoint_is_not_resumed_when_asked_for(run, tmp_path):
-    (tmp_path / "out" / "checkpoint-7").mkdir(parents=True)
-    with pytest.raises(ValueError, match="checkpoint-7: not a complete checkpoint"):
-        run("--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-7"))
+    (tmp_path / "checkpoint-7").mkdir(parents=True)
+    with pytest.raises(ValueError, match="checkpoint-7: not written to its end"):
+        run("--resume_from_checkpoint", str(tmp_path / "checkpoint-7"))
 
 
 def test_best_model_by_f1_is_kept(run, tmp_path):
@@ -234,7 +251,7 @@ def test_nan_stops_the_run_and_names_step_config_and_checkpoint(run, tmp_path, m
         (("--bit_widths", "4", "--bit_config", "W4A4KV4"), "pass one of them"),
         (("--bit_widths", "9"), "9 is not a bit-width"),
         (("--bit_config", "nowhere.json"), "nowhere.json: no such bit-width config"),
-        (("--add_lora", "--lora_r", "0"), "r = 0"),
+        (("--add_lora", "--lora_r", "0"), "--lora_r 0: must be a number above 0"),
         (("--bitsandbytes", "nf4"), "no --do_train"),
         (("--bitsandbytes", "5bit"), "allowed are 8bit, nf4"),
         (("--train_file", "nowhere.json"), "nowhere.json"),
@@ -245,7 +262,7 @@ def test_nan_stops_the_run_and_names_step_config_and_checkpoint(run, tmp_path, m
 def test_refused_before_any_compute(flags, message, run, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(*flags)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() or os.listdir(tmp_path / "out") == [resuming.LOCK_FILE]
 
 
 def test_training_on_integers_learns_the_same_and_says_so(run, tmp_path):
@@ -254,6 +271,42 @@ def test_training_on_integers_learns_the_same_and_says_so(run, tmp_path):
     assert integer["train_loss"] == pytest.approx(fake["train_loss"], rel=1e-2) and integer["train_loss"] > 0
     settings = json.loads((tmp_path / "integer" / "run_settings.json").read_text())
     assert settings["execution"] == "integer" and settings["backward_dtype"] == "bf16"
+
+
+def test_a_width_as_text_is_a_config_in_training_and_evaluation(run, tiny_model):
+    record = run("--bit_config", "8")
+    assert record["bit_config"]["name"] == "W8A8KV8" and record["bit_config"]["lora_bank"] == ["8"]
+    ptq = run("--bit_config", "4", out="ptq", train=False, model=tiny_model)
+    assert ptq["bit_config"]["name"] == "W4A4KV4"
+
+
+def test_an_empty_config_is_not_full_precision(run):
+    with pytest.raises(FileNotFoundError, match='"": no such bit-width config'):
+        run("--bit_config", "", train=False)
+
+
+@pytest.mark.parametrize(
+    "flags", [("--bit_config", str(ROOT / "configs" / "attn8_mlp4.json")), ("--bit_widths", "4"), ()]
+)
+def test_published_evaluation_command_from_base_model(flags, run, squad_files, tmp_path, monkeypatch):
+    """It evaluates what was trained, and the scores are those of run_qa.py."""
+    trained = run(*flags)["metrics"]
+    folder = tmp_path / "squad"  # stands for the hub's data set
+    folder.mkdir()
+    rows = squad_data.load_squad_json(squad_files[1])
+    (folder / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    published = (
+        f"--model_name_or_path {tmp_path / 'out'} --dataset_name {folder} --do_eval --per_device_eval_batch_size 32 "
+        f"--seed 42 --max_seq_length 786 --output_dir {tmp_path / 'eval'} --overwrite_output_dir"
+    )
+    words = [*published.split(), "--doc_stride", "16", "--use_cpu", "--disable_tqdm", "True"]
+    monkeypatch.setattr(sys, "argv", ["run_qa_eval.py", *words])
+    run_qa_eval.main()
+    (row,) = json.loads((tmp_path / "eval" / "record.json").read_text())["rows"]
+    assert (
+        row["config"] == {"--bit_config": "checkpoint", "--bit_widths": "W4A4KV4", "": "checkpoint"}[(*flags, "")[0]]
+    )
+    assert (row["exact_match"], row["f1"]) == (trained["eval_exact_match"], trained["eval_f1"])
 
 
 def test_nothing_to_do(run, monkeypatch, tmp_path):

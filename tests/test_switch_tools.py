@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import torch
 from transformers import AutoTokenizer
 
 import run_qa as base_run_qa
-from conftest import ROOT, experiment
+from conftest import ROOT, experiment, save_tiny_tokenizer
 
 with experiment("switch_precision"):
     import assignment
@@ -111,8 +112,25 @@ def test_execution_on_integers_is_the_default_and_gives_the_answers_of_fake_quan
     del products[:]
     assert rows_of(run(run_qa_eval, "--bit_configs", "8", "W4A8KV8", "--execution", "fake", out="fake")) == integer
     assert not products
-    with pytest.raises(ValueError, match="execution = 'int4': allowed are integer, fake"):
+    with pytest.raises(ValueError, match="--execution int4: allowed are integer, fake"):
         run(run_qa_eval, "--execution", "int4", out="refused")
+
+
+def test_an_evaluation_keeps_only_codes_unless_a_config_needs_floats(run, monkeypatch, tiny_model, tmp_path):
+    models, load = [], run_qa_eval.load_model
+    monkeypatch.setattr(run_qa_eval, "load_model", lambda *args: models.append(load(*args)) or models[-1])
+    mixed = tmp_path / "mixed.json"
+    mixed.write_text(json.dumps({"default": 8, "transformer.h.0.mlp.*": 4}))
+    out = run(run_qa_eval, "--bit_configs", "8", str(mixed))
+    for name, layer in models[0].quant_layers().items():
+        assert layer.weight is None and set(layer.stored_codes()) == ({4, 8} if ".h.0.mlp." in name else {8})
+    rows = rows_of(out)
+    shapes = models[0].layer_shapes()
+    assert rows["W8A8KV8"]["weight_mb"] == sum(out * (inp + 4) for out, inp in shapes.values()) / 1e6
+    kept = rows_of(run(run_qa_eval, "--bit_configs", "8", "32", model=tiny_model, out="floats"))
+    assert all(layer.weight is not None for layer in models[1].quant_layers().values())
+    only = rows_of(run(run_qa_eval, "--bit_configs", "8", model=tiny_model, out="codes"))
+    assert only["W8A8KV8"]["exact_match"] == kept["W8A8KV8"]["exact_match"]
 
 
 def test_table_equals_single_evaluations_with_one_load_and_one_tokenization(run, count, bank, squad_files, tmp_path):
@@ -189,6 +207,69 @@ def test_other_weights_are_evaluated_anew(run, count, tiny_model, tmp_path):
     run(run_qa_eval, "--bit_configs", "8")
     run(run_qa_eval, "--bit_configs", "8", model=other)
     assert len(predictions) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lora_alpha", 3),
+        ("n_head", 2),
+        ("layer_norm_epsilon", 0.1),
+        ("activation_function", "relu"),
+        ("scale_attn_weights", False),
+        ("scale_attn_by_inverse_layer_idx", True),
+    ],
+)
+def test_what_changes_the_answers_is_evaluated_anew(key, value, run, swept, count, bank, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(bank, other)
+    predictions = count(run_qa_eval.QuestionAnsweringTrainer, "predict")
+    run(run_qa_eval, "--bit_configs", "8", model=str(other))
+    run(run_qa_eval, "--bit_configs", "8", model=bank)
+    assert len(predictions) == 1, "the same model elsewhere"
+    config = read(other / "config.json")
+    (other / "config.json").write_text(json.dumps(config | {key: value}))
+    run(run_qa_eval, "--bit_configs", "8", model=str(other))
+    assert len(predictions) == 2
+    with pytest.raises(ValueError, match="swept a checkpoint with checksum"):
+        run(search, "--sensitivity_file", swept, "--average_bits", "6", model=str(other))
+
+
+def test_other_data_flags_and_tokenizer_are_evaluated_anew(run, count, squad_files, tmp_path):
+    """The data are known by their content, from wherever they come."""
+    data = tmp_path / "dev.json"
+    data.write_text(pathlib.Path(squad_files[1]).read_text() + "\n")
+    predictions = count(run_qa_eval.QuestionAnsweringTrainer, "predict")
+    run(run_qa_eval, "--bit_configs", "8")
+    run(run_qa_eval, "--bit_configs", "8", "--validation_file", str(data))
+    assert len(predictions) == 1
+    data.write_text(data.read_text().replace('"question": "What does ', '"question": "What did '))
+    run(run_qa_eval, "--bit_configs", "8", "--validation_file", str(data))
+    run(run_qa_eval, "--bit_configs", "8", "--n_best_size", "5")
+    run(run_qa_eval, "--bit_configs", "8", "--attn_implementation", "eager")
+    save_tiny_tokenizer(tmp_path / "tokenizer", vocab_size=300)
+    run(run_qa_eval, "--bit_configs", "8", "--tokenizer_name", str(tmp_path / "tokenizer"))
+    assert len(predictions) == 5
+
+
+def damages(whole):
+    """An empty file, half of one, one with a flipped bit in its content."""
+    at = len(whole) * 2 // 3
+    return [b"", whole[: len(whole) // 2], whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :]]
+
+
+@pytest.mark.parametrize("name", ["record.json", "eval_predictions.json", "eval_nbest_predictions.json"])
+def test_damaged_evaluation_is_named_and_made_again(name, run, count, caplog):
+    out = run(run_qa_eval, "--bit_configs", "8", "4")
+    rows, (folder,) = rows_of(out), out.glob("W4A4KV4-*")
+    whole = (folder / "eval_predictions.json").read_bytes()
+    predictions = count(run_qa_eval.QuestionAnsweringTrainer, "predict")
+    for number, damage in enumerate(damages((folder / name).read_bytes()), 1):
+        (folder / name).write_bytes(damage)
+        caplog.clear()
+        assert rows_of(run(run_qa_eval, "--bit_configs", "8", "4")) == rows and len(predictions) == number
+        named = [r for r in caplog.records if r.levelname == "WARNING" and str(folder / name) in r.getMessage()]
+        assert len(named) == 1 and (folder / "eval_predictions.json").read_bytes() == whole
 
 
 def test_all_faulty_configs_are_refused_before_any_work(run, count, tmp_path):
@@ -399,6 +480,31 @@ def test_interrupted_sweep_goes_on_without_repeating_work(run, monkeypatch, coun
     assert len(again) == 2 * total - 2
 
 
+@pytest.mark.parametrize("name", ["identity.json", "chunk-00000.json"])
+def test_damaged_state_of_a_sweep_is_named_and_measured_again(name, run, count, tmp_path, caplog):
+    whole = comparable(run(sensitivity, *SWEEP))
+    path, chunks = tmp_path / "out" / "state" / name, len(list((tmp_path / "out" / "state").glob("chunk-*")))
+    again = count(sensitivity, "measure_chunk")
+    for damage in damages(path.read_bytes()):
+        path.write_bytes(damage)
+        caplog.clear()
+        del again[:]
+        assert comparable(run(sensitivity, *SWEEP)) == whole
+        assert len(again) == (chunks if name == "identity.json" else 1)
+        named = [r for r in caplog.records if r.levelname == "WARNING" and str(path) in r.getMessage()]
+        assert len(named) == 1
+
+
+def test_sweep_of_a_changed_model_is_refused(run, bank, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(bank, other)
+    run(sensitivity, *SWEEP, model=str(other))
+    config = read(other / "config.json")
+    (other / "config.json").write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] + 1}))
+    with pytest.raises(ValueError, match="other settings .model_sha256: '[0-9a-f]+' then, '[0-9a-f]+' now"):
+        run(sensitivity, *SWEEP, model=str(other))
+
+
 @pytest.mark.slow
 def test_killed_sweep_goes_on(run, bank, squad_files, tmp_path):
     whole = comparable(run(sensitivity, *SWEEP, out="whole"))
@@ -419,7 +525,7 @@ def test_killed_sweep_goes_on(run, bank, squad_files, tmp_path):
         (("--low_bits", "8"), "allowed are configs other than"),
         (("--low_bits", "5", "nothing.json"), r"(?s)w_bits = 5.*nothing\.json"),
         (("--measure_split", "test"), "allowed are validation, train"),
-        (("--chunk_batches", "0"), "--chunk_batches must be 1 or more"),
+        (("--chunk_batches", "0"), "--chunk_batches 0: must be a number above 0"),
     ],
 )
 def test_sweep_refusals(flags, message, run, tmp_path):
@@ -628,9 +734,37 @@ def test_sensitivity_file_of_another_checkpoint_or_kind_is_refused(run, swept, t
     other = make_bank(tiny_model, tmp_path / "other", seed=5)
     with pytest.raises(ValueError, match="swept a checkpoint with checksum"):
         run(search, "--sensitivity_file", swept, "--average_bits", "6", model=other)
+    whole = pathlib.Path(swept).read_bytes()
+    for damage in damages(whole):
+        (tmp_path / "x.json").write_bytes(damage)
+        with pytest.raises(ValueError, match=r"x\.json: not a record of sensitivity\.py \(damaged"):
+            run(search, "--sensitivity_file", str(tmp_path / "x.json"), "--average_bits", "6")
     (tmp_path / "x.json").write_text('{"flips": 1}')
     with pytest.raises(ValueError, match=r"x\.json: not a record of sensitivity\.py"):
         run(search, "--sensitivity_file", str(tmp_path / "x.json"), "--average_bits", "6")
+
+
+def test_byte_order_mark_of_a_sensitivity_file_and_names_of_the_search(run, swept, tmp_path):
+    content = json.loads(pathlib.Path(swept).read_text())
+    (tmp_path / "marked.json").write_text(json.dumps(content), encoding="utf-8-sig")
+    assert assignment.read_sensitivity(tmp_path / "marked.json", content["identity"]["model_sha256"]) == content
+    low = content["identity"]["low_bits"]
+    name = next(iter(low))
+    content["identity"]["low_bits"] = {"found" if key == name else key: bits for key, bits in low.items()}
+    content["flips"] = {key.replace(f"{name}: ", "found: "): flip for key, flip in content["flips"].items()}
+    (tmp_path / "named.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="found is what the search calls its own"):
+        run(search, "--sensitivity_file", str(tmp_path / "named.json"), "--average_bits", "6")
+
+
+def test_long_and_replaced_names_of_configs(run, tmp_path):
+    names = ["x" * 230 + ".json", "a b.json", "a_b.json", "A_b.json"]
+    for bits, name in enumerate(names, 5):
+        (tmp_path / name).write_text(
+            json.dumps({"default": {"w_bits": 8, "a_bits": min(bits, 8), "kv_bits": bits - 2}})
+        )
+    folder = run(run_qa_eval, "--bit_configs", *(str(tmp_path / name) for name in names))
+    assert len(rows_of(folder)) == len(names) == len(list(folder.glob("*/eval_predictions.json")))
 
 
 # ---- command line

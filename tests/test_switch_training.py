@@ -539,7 +539,7 @@ def test_resumed_run_equals_the_uninterrupted_one(run, tmp_path):
     killed = tmp_path / "killed"
     killed.mkdir()
     shutil.copytree(tmp_path / "out" / "checkpoint-2", killed / "checkpoint-2")
-    shutil.copy(tmp_path / "out" / run_qa.SETTINGS_FILE, killed)
+    shutil.copy(tmp_path / "out" / "run_settings.json", killed)
     record = run(*STEPS, out="killed")
     assert record["steps"] == 4 and record["passes"] == 1 + 1 + 3 + 3
     assert_equal_weights(tmp_path / "out", killed)
@@ -619,6 +619,12 @@ def test_two_processes_equal_one_with_the_batch_of_both(samples, batch, accumula
         (("--bit_widths", "4", "4"), "every width once"),
         (("--bit_configs", "nowhere.json"), "nowhere.json: no such bit-width config"),
         (("--bit_configs", "W4A8KV8", "W4A8KV8"), "two configs are called W4A8KV8"),
+        (("--bit_configs", "8", "W8A8KV8"), "two configs are called W8A8KV8"),
+        (("--bit_configs", "x/a.json", "y/A.json"), "would write eval_A_predictions.json"),
+        (("--bit_configs", "a_nbest.json", "a.json"), "would write eval_a_nbest_predictions.json"),
+        (("--bit_configs", "x" * 240 + ".json"), "bytes; allowed are 255"),
+        (("--bit_configs", "W04A08"), "W04A08: no such bit-width config"),
+        (("--report_to", "no_such_tracker"), "--report_to"),
         (("--objective", "alternate"), "allowed are joint, random, sequential"),
         (("--distill_loss", "l1"), "allowed are kl, mse, none"),
         (("--distill_weight", "-1"), "must not be negative"),
@@ -629,14 +635,19 @@ def test_two_processes_equal_one_with_the_batch_of_both(samples, batch, accumula
         (("--sample_widths", "1", "--objective", "random"), "no other objective"),
         (("--objective", "sequential", "--teacher"), "no --teacher"),
         (("--teacher", "--bit_widths", "8", "32"), "has already"),
-        (("--lora_r", "0"), "r = 0"),
+        (("--lora_r", "0"), "--lora_r 0: must be a number above 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_refused_before_any_compute(flags, message, run, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(*flags)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() or os.listdir(tmp_path / "out") == [".lock"]
+
+
+def test_widths_as_text_are_configs(run, tmp_path):
+    record = run("--bit_configs", "8", "W4A8KV8", "--max_steps", "1")
+    assert list(record["bit_configs"]) == ["W8A8KV8", "W4A8KV8"] and record["bit_config"]["lora_bank"] == ["4", "8"]
 
 
 def test_checkpoint_without_the_adapters_asked_for(run, tmp_path):

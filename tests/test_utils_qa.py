@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 import unicodedata
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import squad_data
+from models.errors import UserError
 from record import write_json_atomic
 from squad_data import SQUAD_FEATURES, load_qa_datasets, load_squad_json
 from utils_qa import (
@@ -265,6 +268,56 @@ def test_datasets_by_name(tmp_path):
     write(official / "train.jsonl", json.dumps(nested(flat_rows())["data"][0]))
     with pytest.raises(ValueError, match="found the columns .*paragraphs.*--train_file"):
         load_qa_datasets(str(official), cache_dir=cache)
+
+
+HUB_FAULTS = {
+    "duplicate id": (dict(id="q1", question="other"), "\"id\" is that of row 1 (id 'q1')"),
+    "no answer": (dict(answers={"text": [], "answer_start": []}), '"answers" is empty'),
+    "null answers": (dict(answers=None), '"answers" is None'),
+    "null id": (dict(id=None), '"id" is None'),
+    "blank question": (dict(question=" "), "\"question\" is ' '"),
+    "answer elsewhere": (dict(answers={"text": ["Normans"], "answer_start": [5]}), '"answers.answer_start[0]" is 5'),
+    "answer lengths": (dict(answers={"text": ["Normans"], "answer_start": [4, 5]}), "as many starts as texts"),
+    "negative start": (dict(answers={"text": ["Normans"], "answer_start": [-1]}), "0 or more"),
+    "fraction": (dict(answers={"text": ["Normans"], "answer_start": [4.5]}), "columns of other types"),
+}
+
+
+@pytest.mark.parametrize("name", HUB_FAULTS)
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_hub_data_passes_the_checks_of_files(tmp_path, name, split):
+    change, message = HUB_FAULTS[name]
+    rows = [*flat_rows(), {**flat_rows()[0], "id": "new", **change}]
+    write(tmp_path / f"{split}.jsonl", "\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError) as caught:
+        load_qa_datasets(str(tmp_path), cache_dir=str(tmp_path / "cache"), splits=[split])
+    assert message in str(caught.value) and f"{tmp_path}, split {split}" in str(caught.value)
+
+
+def test_hub_test_split_may_lack_answers(tmp_path):
+    rows = [*flat_rows(), {**flat_rows()[0], "id": "new", "answers": {"text": [], "answer_start": []}}]
+    write(tmp_path / "test.jsonl", "\n".join(map(json.dumps, rows)))
+    loaded = load_qa_datasets(str(tmp_path), cache_dir=str(tmp_path / "cache"), splits=["test"])
+    assert len(loaded["test"]) == len(rows)
+
+
+def test_hub_data_that_cannot_be_read_is_one_error(tmp_path):
+    write(tmp_path / "train.jsonl", '{"id": "a"}\n{"id"')
+    with pytest.raises(UserError, match="--dataset_name .*cannot be read"):
+        load_qa_datasets(str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    (tmp_path / "whole").mkdir()
+    write(tmp_path / "whole" / "train.jsonl", "\n".join(map(json.dumps, flat_rows())))
+    with pytest.raises(UserError, match="no_such_config"):
+        load_qa_datasets(str(tmp_path / "whole"), "no_such_config", cache_dir=str(tmp_path / "cache"))
+
+
+def test_check_of_hub_data_is_fast():
+    """SQuAD has 87,599 training questions: a second or two in all."""
+    row = {**flat_rows()[0], "answers": {"text": ["Normans"], "answer_start": [4]}}
+    many = datasets.Dataset.from_list([{**row, "id": f"x{n}"} for n in range(20_000)], features=SQUAD_FEATURES)
+    start = time.process_time()
+    assert sum(1 for _ in squad_data._checked("x", squad_data._rows_of(many), True, [])) == len(many)
+    assert time.process_time() - start < 2
 
 
 def test_hub_out_of_reach(tmp_path, monkeypatch):

@@ -2,22 +2,22 @@
 """The deployable form of a model: packed integer codes of the widths that are served, no float linear weights.
 
 In `model.safetensors`: `<layer>.codes.<bits>` (int8, up to 4 bits two a byte) and `<layer>.scale.<bits>` (float32)
-of every linear; the adapters of these widths, biases, LayerNorm and head in float32; embeddings in float16 (float32
-again in memory). `config.exported_widths` says what is there. `from_pretrained` opens such a folder like any other.
+of every linear; the adapters of these widths, biases, LayerNorm and head in float32; embeddings in float32, or in
+float16, which rounds them (float32 again in memory). `config.exported_widths` says what is there. `from_pretrained`
+opens such a folder like any other.
 """
 
 import copy
 import os
-import tempfile
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from .checkpoint import WEIGHTS_NAME, saving
 from .errors import UserError
 from .quantization import QUANTIZED_BITS
 
-WEIGHTS_NAME = "model.safetensors"
 PARTS = ("embeddings", "codes", "scales", "adapters", "other")
 
 
@@ -36,7 +36,7 @@ def served_widths(configs):
     return widths
 
 
-def exported_state(model, widths):
+def exported_state(model, widths, embeddings_dtype=torch.float32):
     """({name: tensor}, {name: part of PARTS}) of the deployable form. widths: as `served_widths`."""
     layers, tied = model.quant_layers(), model._tied_weights_keys or {}
     embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
@@ -52,7 +52,7 @@ def exported_state(model, widths):
             if adapter.split(".")[1] in served[layer]:
                 put(name, tensor, "adapters")
         elif name in embeddings:
-            put(name, tensor.half(), "embeddings")
+            put(name, tensor.to(embeddings_dtype), "embeddings")
         elif name not in tied and name.removesuffix(".weight") not in layers:
             put(name, tensor, "other")
     for name, layer in layers.items():
@@ -62,49 +62,35 @@ def exported_state(model, widths):
     return state, parts
 
 
-def save_exported(model, folder, widths, bit_config):
+def save_exported(model, folder, widths, bit_config, embeddings_dtype=torch.float32):
     """Write the deployable form; every file appears whole or not at all.
 
     Args:
         widths: as `served_widths`; bit_config: resolved config that the folder opens with.
+        embeddings_dtype: float32 keeps every answer; float16 halves the embeddings and rounds them.
     Returns:
         {part: bytes} of the tensors.
     """
-    state, parts = exported_state(model, widths)
+    state, parts = exported_state(model, widths, embeddings_dtype)
     config = copy.deepcopy(model.config)
     config.exported_widths, config.bit_config = widths, bit_config
-    config.base_model_name_or_path = config.base_checksum = None  # it is complete
+    config.base_model_name_or_path = config.base_model_revision = config.base_checksum = None  # it is complete
     config.architectures = [type(model).__name__]
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+    with saving(folder) as scratch:
         save_file(state, os.path.join(scratch, WEIGHTS_NAME), metadata={"format": "pt"})
         config.save_pretrained(scratch)
-        for file in sorted(os.listdir(scratch), reverse=True):
-            os.replace(os.path.join(scratch, file), os.path.join(folder, file))
     return {part: sum(state[name].nbytes for name, found in parts.items() if found == part) for part in PARTS}
 
 
-def take_codes(model, state, source):
+def take_codes(model, state):
     """Move the codes out of `state` into the layers of `model`, whose float weights are dropped.
 
     Args:
-        state: {name: tensor} of an exported file; what is left in it is for `load_state_dict`, in float32.
-    Raises:
-        ValueError: codes missing or of another shape.
+        state: {name: tensor} of an exported file, checked by `checkpoint.open_checkpoint`; what is left in it is for
+            `load_state_dict`.
     """
     for name, layer in model.quant_layers().items():
-        widths = model.config.exported_widths.get(name, [])
-        names = [f"{name}.{kind}.{bits}" for bits in widths for kind in ("codes", "scale")]
-        if not names or (missing := [key for key in names if key not in state]):
-            raise UserError(f"{source}: no {missing[0] if names else f'exported_widths of {name}'} in it")
-        try:
-            layer.set_stored_codes(
-                {b: (state.pop(f"{name}.codes.{b}"), state.pop(f"{name}.scale.{b}")) for b in widths}
-            )
-        except ValueError as error:
-            raise UserError(f"{source}: {name}: {error}") from None
+        widths = model.config.exported_widths[name]
+        layer.set_stored_codes({b: (state.pop(f"{name}.codes.{b}"), state.pop(f"{name}.scale.{b}")) for b in widths})
         for key in set(layer.lora_A) - {"shared", *map(str, widths)}:
             del layer.lora_A[key], layer.lora_B[key]
-    for key, tensor in state.items():
-        if tensor.dtype == torch.float16:
-            state[key] = tensor.float()

@@ -5,18 +5,24 @@ A *resolved* config names every linear: {"transformer.h.0.attn.c_attn": {"w_bits
 """
 
 import difflib
-import json
 import os
 import re
 from fnmatch import fnmatchcase
 
 from .errors import UserError
+from .integer import PACKED_BITS
 from .quantization import FLOAT_BITS, QUANTIZED_BITS
+from .user_input import read_json, show
 
 ALLOWED_BITS = QUANTIZED_BITS + FLOAT_BITS
 FIELDS = ("w_bits", "a_bits", "kv_bits")
-SHORT_FORM = re.compile(r"W(\d+)A(\d+)(?:KV(\d+))?")  # LLM-QAT's notation
+_NUMBER = "(0|[1-9][0-9]{0,5})"
+WIDTH = re.compile(_NUMBER)
+SHORT_FORM = re.compile(f"W{_NUMBER}A{_NUMBER}(?:KV{_NUMBER})?")  # LLM-QAT's notation
 ALLOWED_TEXT = "2 to 8, 16 or 32"
+MAX_FAULTS_SHOWN = 20
+MAX_KEYS = 1000  # besides a listing of all layers: a wildcard takes about 0.1 ms
+MAX_KEY_LENGTH = 100  # characters
 
 
 def has_kv(layer):
@@ -27,20 +33,19 @@ def has_kv(layer):
 def read_bit_config(path):
     """Read a JSON config file without resolving it. Raises FileNotFoundError or ValueError naming the file."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such bit-width config (expected a JSON file, see configs/README.md)")
+        shown = path if path.isprintable() and 0 < len(path) <= MAX_KEY_LENGTH else show(path)
+        raise FileNotFoundError(
+            f"{shown}: no such bit-width config (expected a JSON file, see configs/README.md, a width as 8, or "
+            "W4A8KV8)"
+        )
+    return read_json(path)
 
-    def no_duplicates(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = sorted({key for key in keys if keys.count(key) > 1})
-        if repeated:
-            raise UserError(f"{path}: duplicate key {', '.join(map(json.dumps, repeated))}: keep one of them")
-        return dict(pairs)
 
-    with open(path, encoding="utf-8") as file:
-        try:
-            return json.load(file, object_pairs_hook=no_duplicates)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not valid JSON ({error})") from None
+def config_name(config):
+    """How tables and files call what the user typed: a file by its stem, a width by its W-A-KV notation."""
+    if WIDTH.fullmatch(config):
+        return f"W{config}A{config}KV{config}"
+    return config if SHORT_FORM.fullmatch(config) else os.path.splitext(os.path.basename(config))[0]
 
 
 def _parse_value(value):
@@ -52,33 +57,51 @@ def _parse_value(value):
     else:
         fields = dict.fromkeys(FIELDS, value)
     faults = []
-    for field, bits in fields.items():
-        if field not in FIELDS:
-            faults.append(f"unknown field {json.dumps(field)}: allowed are {', '.join(FIELDS)}")
-        elif type(bits) is not int or bits not in ALLOWED_BITS:
-            named = f"{field} = " if value is not bits else ""
-            form = ', an object of fields, or "W4A8KV8"' if value is bits else ""
-            faults.append(f"{named}{json.dumps(bits)} is not a bit-width: allowed is an int, {ALLOWED_TEXT}{form}")
+    if unknown := [field for field in fields if field not in FIELDS]:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        faults.append(f"unknown field {show(unknown[0])}{more}: allowed are {', '.join(FIELDS)}")
+    for field in FIELDS:
+        if field in fields and (type(fields[field]) is not int or fields[field] not in ALLOWED_BITS):
+            named = f"{field} = " if value is not fields[field] else ""
+            form = ', an object of fields, or "W4A8KV8"' if value is fields[field] else ""
+            shown = show(fields[field])
+            faults.append(f"{named}{shown} is not a bit-width: allowed is an int, {ALLOWED_TEXT}{form}")
     if fields == {}:
         faults.append(f"an empty object sets nothing: allowed are {', '.join(FIELDS)}")
     return fields, list(dict.fromkeys(faults))
+
+
+def _no_match(key, layers):
+    """The fault of a key that matches no layer."""
+    if not isinstance(key, str):
+        return f"{show(key)} ({type(key).__name__}): keys are layer names or wildcards"
+    if len(key) > MAX_KEY_LENGTH:
+        return f"{show(key)} matches no layer: longer than {MAX_KEY_LENGTH} characters"
+    near = difflib.get_close_matches(key, layers, n=1, cutoff=0.0)
+    blocks = sorted({int(part) for layer in layers for part in layer.split(".") if part.isdigit()})
+    span = f" (the model has blocks {blocks[0]}-{blocks[-1]})" if blocks else ""
+    hint = f"; did you mean {show(near[0])}?" if near else ""
+    return f"{show(key)} matches no layer{span}{hint}"
 
 
 def resolve_bit_config(config, layers):
     """Give every layer its bits.
 
     Args:
-        config: path of a JSON file, a config as a dict, an int (uniform), or a short form such as "W4A8KV8".
+        config: path of a JSON file, a config as a dict, an int (uniform; also as text), or a short form as "W4A8KV8".
         layers: names of the quantizable linears, in model order.
     Returns:
         {layer: {"w_bits", "a_bits" and, on attn.c_attn, "kv_bits"}} for all layers.
     Raises:
         FileNotFoundError: no such file.
-        ValueError: all faults of the config at once, each with file, key, value and what is allowed.
+        ValueError: all faults of the config at once (20 in full), each with file, key, value and what is allowed.
     """
     source = "bit config"
+    if isinstance(config, str) and WIDTH.fullmatch(config):
+        config = int(config)
     if isinstance(config, os.PathLike) or (isinstance(config, str) and not SHORT_FORM.fullmatch(config)):
-        source, config = os.fspath(config), read_bit_config(config)
+        source = os.fsdecode(config)
+        config = read_bit_config(source)
     elif not isinstance(config, dict):
         config = {"default": config}
     if not isinstance(config, dict):
@@ -88,27 +111,27 @@ def resolve_bit_config(config, layers):
     resolved = {layer: {} for layer in layers}
     faults = []
     if not isinstance(config.get("description", ""), str):
-        faults.append(f'"description" = {json.dumps(config["description"])}: allowed is a string')
+        faults.append(f'"description" = {show(config["description"])}: allowed is a string')
     # The default goes first wherever it stands in the file: everything else overrides it.
     keys = ["default"] * ("default" in config) + [key for key in config if key not in ("default", "description")]
-    for key in keys:
+    if len(keys) > (most := len(layers) + MAX_KEYS):
+        faults.append(f"found {len(keys)} keys; allowed are {most} at most (the first {most} are checked)")
+    for key in keys[:most]:
         if key == "default":
             matched = layers
+        elif not isinstance(key, str) or len(key) > MAX_KEY_LENGTH:
+            matched = []
         else:  # the plain name first: a resolved config, set before every forward in joint training, has only those
             matched = [key] if key in resolved else [layer for layer in layers if fnmatchcase(layer, key)]
         if not matched:
-            near = difflib.get_close_matches(key, layers, n=1, cutoff=0.0)
-            blocks = sorted({int(part) for layer in layers for part in layer.split(".") if part.isdigit()})
-            span = f" (the model has blocks {blocks[0]}-{blocks[-1]})" if blocks else ""
-            hint = f"; did you mean {json.dumps(near[0])}?" if near else ""
-            faults.append(f"{json.dumps(key)} matches no layer{span}{hint}")
+            faults.append(_no_match(key, layers) if len(faults) < MAX_FAULTS_SHOWN else "")
             continue
         fields, value_faults = _parse_value(config[key])
-        faults += [f"{json.dumps(key)}: {fault}" for fault in value_faults]
+        faults += [f"{show(key)}: {fault}" for fault in value_faults]
         if value_faults:
             continue
         if "kv_bits" in fields and type(config[key]) is not int and not any(map(has_kv, matched)):
-            faults.append(f"{json.dumps(key)}: kv_bits on a layer without K and V; only attn.c_attn has them")
+            faults.append(f"{show(key)}: kv_bits on a layer without K and V; only attn.c_attn has them")
         for layer in matched:
             resolved[layer].update({f: b for f, b in fields.items() if f != "kv_bits" or has_kv(layer)})
     if not faults:
@@ -118,10 +141,19 @@ def resolve_bit_config(config, layers):
             if bare:
                 others = f" and {len(bare) - 1} more" if len(bare) > 1 else ""
                 cure = 'name the layer or give a "default"'
-                faults.append(f"{json.dumps(bare[0])}{others}: nothing sets {field}; {cure}")
+                faults.append(f"{show(bare[0])}{others}: nothing sets {field}; {cure}")
     if faults:
-        raise UserError("\n".join(f"{source}: {fault}" for fault in faults))
+        more = [f"... and {len(faults) - MAX_FAULTS_SHOWN} more"] if len(faults) > MAX_FAULTS_SHOWN else []
+        raise UserError("\n".join(f"{source}: {fault}" for fault in faults[:MAX_FAULTS_SHOWN] + more))
     return {layer: {f: bits[f] for f in FIELDS if f in bits} for layer, bits in resolved.items()}
+
+
+def stored_bytes(w_bits, out, inp):
+    """Bytes of a linear weight (out, inp) as it is kept: up to 4 bits two codes a byte, above that one, and a float32
+    scale per output channel; plain float32 at 16 and 32 bits."""
+    if w_bits in FLOAT_BITS:
+        return 4 * out * inp
+    return out * ((inp + 1) // 2 if w_bits <= PACKED_BITS else inp) + 4 * out
 
 
 def describe_bit_config(resolved, shapes):
@@ -130,17 +162,16 @@ def describe_bit_config(resolved, shapes):
     Args:
         resolved: resolved config; shapes: {layer: (out, in)}.
     Returns:
-        average_w_bits: mean over weights; weight_bytes: codes packed at w_bits plus a float32 scale per output
-        channel (16 and 32 bits: plain floats); bitops_per_token: sum of MACs x w_bits x a_bits over the linears (32
-        where a tensor stays float32); layers_per_w_bits: {bits: number of layers}.
+        average_w_bits: mean over weights; weight_bytes: what is stored of the linear weights (`stored_bytes`);
+        bitops_per_token: sum of MACs x w_bits x a_bits over the linears (32 where a tensor stays float32);
+        layers_per_w_bits: {bits: number of layers}.
     """
     weights = {layer: out * inp for layer, (out, inp) in shapes.items()}
     bits_total = sum(weights[layer] * bits["w_bits"] for layer, bits in resolved.items())
-    scales = sum(shapes[layer][0] for layer, bits in resolved.items() if bits["w_bits"] not in FLOAT_BITS)
     widths = sorted(bits["w_bits"] for bits in resolved.values())
     return {
         "average_w_bits": bits_total / sum(weights.values()),
-        "weight_bytes": bits_total // 8 + 4 * scales,
+        "weight_bytes": sum(stored_bytes(bits["w_bits"], *shapes[layer]) for layer, bits in resolved.items()),
         "bitops_per_token": sum(weights[layer] * b["w_bits"] * b["a_bits"] for layer, b in resolved.items()),
         "layers_per_w_bits": {str(width): widths.count(width) for width in dict.fromkeys(widths)},
     }

@@ -13,27 +13,19 @@ import contextlib
 import hashlib
 import math
 import os
-import tempfile
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
-from transformers import (
-    AutoConfig,
-    GPT2Config,
-    GPT2ForQuestionAnswering,
-    GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
-)
+from transformers import GPT2ForQuestionAnswering, GPT2ForSequenceClassification, GPT2LMHeadModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from . import attention, kernels
 from .bit_config import has_kv, resolve_bit_config
+from .checkpoint import FLOAT_DTYPES, RULES, QuantGPT2Config, is_base, open_base, open_checkpoint, refuse, saving
 from .errors import UserError
-from .exported import WEIGHTS_NAME, take_codes
+from .exported import served_widths, take_codes
 from .integer import PACKED_BITS, ROWS, integer_linear, is_supported, pack_int4, unpack_int4
 from .quantization import (
     FLOAT_BITS,
@@ -101,10 +93,11 @@ class QuantLinear(nn.Module):
     # ---- codes of the weight
 
     def quantized_weight(self):
-        """(codes, scale) of the weight at `w_bits`, made once per width and kept until the weight changes.
+        """(codes, scale) of the weight at `w_bits`; of a frozen weight made once per width and kept until it changes.
 
         A change is seen by torch's version counter; in-place writes through `weight.data` bypass it and need
-        `clear_quantized()`. Kept are the stored codes; returned are plain int8 codes (out, in).
+        `clear_quantized()`. A weight that can train is quantized in every call: fused optimizers bypass the counter.
+        Kept are the stored codes; returned are plain int8 codes (out, in).
         """
         codes, scale = self._stored(self.w_bits)
         return (codes if codes.dtype == torch.int8 else unpack_int4(codes, self.in_features)), scale
@@ -112,14 +105,17 @@ class QuantLinear(nn.Module):
     def _stored(self, w_bits):
         if self.weight is not None:
             state = (id(self.weight), self.weight.data_ptr(), self.weight._version)
-            if state != self._quantized_from:
+            if state != self._quantized_from or self.weight.requires_grad:
                 self._quantized, self._quantized_from = {}, state
-        if w_bits not in self._quantized:
-            if self.weight is None:
-                raise UserError(f"w_bits = {w_bits}: only codes of {sorted(self._quantized)} bits are kept")
-            codes, scale = quantize(self.weight, w_bits)
-            self._quantized[w_bits] = (pack_int4(codes) if w_bits <= PACKED_BITS else codes), scale
-        return self._quantized[w_bits]
+        if w_bits in self._quantized:
+            return self._quantized[w_bits]
+        if self.weight is None:
+            raise UserError(f"w_bits = {w_bits}: only codes of {sorted(self._quantized)} bits are kept")
+        codes, scale = quantize(self.weight, w_bits)
+        stored = (pack_int4(codes) if w_bits <= PACKED_BITS else codes), scale
+        if not self.weight.requires_grad:
+            self._quantized[w_bits] = stored
+        return stored
 
     def stored_codes(self, widths=None):
         """{width: (codes, scale)} of these widths, or of those made so far.
@@ -169,6 +165,8 @@ class QuantLinear(nn.Module):
 
     def forward(self, x):
         """x: (..., in) -> (..., out)."""
+        if self.weight is not None and self.weight.requires_grad:
+            self.clear_quantized()  # codes of a time when it was frozen
         shape = (*x.shape[:-1], self.out_features)
         x = x.reshape(-1, self.in_features)  # (tokens, in)
         key = self.adapter
@@ -227,35 +225,13 @@ class PiecewiseMLP(nn.Module):
 
     def forward(self, x):
         """x: (batch, seq, hidden) -> the same shape."""
-        if torch.is_grad_enabled() or x.is_cuda:
+        # A weight that can train is quantized in every call: once for all tokens, not once a piece.
+        if torch.is_grad_enabled() or x.is_cuda or getattr(self.c_fc.weight, "requires_grad", False):
             return self._forward(x)
         return torch.cat([self._forward(piece) for piece in x.flatten(0, -2).split(ROWS)]).view(x.shape)
 
     def _forward(self, x):
         return self.dropout(self.c_proj(self.act(self.c_fc(x))))
-
-
-class QuantGPT2Config(GPT2Config):
-    """GPT2Config plus what a checkpoint needs to come back complete.
-
-    lora_bank, lora_r, lora_alpha: the adapters; bit_config: the resolved bits; base_model_name_or_path and
-    base_checksum: the frozen base, which an adapter checkpoint refers to and does not contain; exported_widths: what
-    widths of each linear a deployable checkpoint has (exported.py); trained_bit_configs: what is evaluated by default.
-    The own model_type keeps AutoModel from loading (out, in) weights as Conv1D.
-    """
-
-    model_type = "quant_gpt2"
-    lora_bank: list | None = None
-    lora_r: int = 0
-    lora_alpha: int = 0
-    bit_config: dict | None = None
-    base_model_name_or_path: str | None = None
-    base_checksum: str | None = None
-    exported_widths: dict | None = None
-    trained_bit_configs: list | None = None
-
-
-AutoConfig.register("quant_gpt2", QuantGPT2Config)
 
 
 def _own_config(stock):
@@ -368,9 +344,20 @@ class QuantGPT2Mixin:
         """Keep only the integer codes at `widths` in the quantized linears: for evaluation, a quarter of the memory.
 
         The model then serves these w_bits alone; others are an error, and so is saving it as a float checkpoint.
+        Args: widths: w_bits of all linears, or {linear: its w_bits} as of `exported.served_widths`.
         """
-        for layer in self.quant_layers().values():
-            layer.set_stored_codes(layer.stored_codes(widths))
+        for name, layer in self.quant_layers().items():
+            layer.set_stored_codes(layer.stored_codes(widths[name] if isinstance(widths, dict) else widths))
+
+    def keep_only_codes(self, configs):
+        """Drop the float weights if nothing but `configs` (resolved) is evaluated and none of them uses floats.
+
+        The model is left at the first config. With one that has 16 or 32 bits somewhere, nothing is done.
+        """
+        configs = list(configs)
+        if all(bits["w_bits"] not in FLOAT_BITS for config in configs for bits in config.values()):
+            self.set_bit_config(configs[0])
+            self.drop_float_weights(served_widths(configs))
 
     def quantized_bytes(self):
         """Memory that the weights of the quantized linears take now: codes, scales and float weights."""
@@ -382,16 +369,16 @@ class QuantGPT2Mixin:
 
     # ---- LoRA
 
-    def add_lora(self, bank, r=8, alpha=16):
+    def add_lora(self, bank, r=None, alpha=None):
         """Add the adapters, freeze the base, and leave adapters and head trainable.
 
         Args:
             bank: widths served by an adapter of their own (4, 8 or "4", "8", ...), or ["shared"]: one for all widths.
-            r: rank; alpha: scaling is alpha / r.
+            r: rank (None: 8); alpha: scaling is alpha / r (None: 16).
         Raises:
             ValueError: adapters present already, bad widths or rank.
         """
-        bank = [str(key) for key in bank]
+        bank, r, alpha = [str(key) for key in bank], 8 if r is None else r, 16 if alpha is None else alpha
         allowed = {str(bits) for bits in (2, 3, 4, 5, 6, 7, 8, 16, 32)}
         if self.config.lora_bank:
             raise UserError(f"the model has a LoRA bank already: {self.config.lora_bank}")
@@ -415,81 +402,90 @@ class QuantGPT2Mixin:
     # ---- loading and saving
 
     @classmethod
-    def from_pretrained(cls, name_or_path, *, base_model_name_or_path=None, **kwargs):
-        """Load a checkpoint of this class, or stock GPT-2 weights.
+    def from_pretrained(cls, name_or_path, *, base_model_name_or_path=None, dtype=None, **kwargs):
+        """Load a checkpoint of this class, or stock GPT-2 weights; see checkpoint.py for what is checked.
 
         Args:
             name_or_path: folder or hub name.
-            base_model_name_or_path: where the frozen base of an adapter checkpoint lies now, if it was moved.
+            base_model_name_or_path: where the frozen base of an adapter checkpoint lies, if not where it was trained.
+            dtype: what the model is cast to after it was loaded in float32 (None: float32).
             kwargs: cache_dir, revision, token for the hub; other keys (num_labels, attn_implementation, dropout
                 probabilities) override the config.
         Raises:
-            ValueError: other architecture, missing, truncated or foreign weights, a base that is not the one the
-                adapters were trained on. OSError: nothing there.
+            ValueError: other architecture, a faulty config.json, missing, truncated, foreign or non-finite weights,
+                a base that is not the one the adapters were trained on. OSError: nothing there.
         """
-        hub = {key: kwargs.pop(key) for key in ("cache_dir", "revision", "token") if key in kwargs}
-        config = AutoConfig.from_pretrained(name_or_path, **hub)
-        if config.model_type == "gpt2":
-            return cls._from_stock(name_or_path, hub, kwargs)
-        if config.model_type != "quant_gpt2":
-            allowed = "'gpt2' and 'quant_gpt2'"
-            raise UserError(f"{name_or_path}: model_type is {config.model_type!r}, allowed are {allowed}")
-        config = QuantGPT2Config.from_pretrained(name_or_path, **hub, **kwargs)
-        state = _read_weights(name_or_path)
-        if config.base_model_name_or_path:
-            base_name = base_model_name_or_path or config.base_model_name_or_path
-            if not base_model_name_or_path and os.path.isabs(base_name) and not os.path.isdir(base_name):
-                raise UserError(
-                    f"{name_or_path}: its base model {base_name} is not there any more; "
-                    "say where it is with --base_model_name_or_path"
-                )
-            base = cls.from_pretrained(base_name, **(hub if not os.path.isdir(base_name) else {}))
-            if (found := base.base_checksum()) != config.base_checksum:
-                raise UserError(
-                    f"{name_or_path}: trained on a base with checksum {config.base_checksum[:16]}..., but "
-                    f"{base_name} has {found[:16]}...; adapters do not fit other weights"
-                )
-            state = {name: value for name, value in base.state_dict().items() if is_base(name)} | state
-        with no_init_weights():
-            model = cls(config)
-        if config.exported_widths:
-            take_codes(model, state, name_or_path)
-            model.set_bit_config(config.bit_config)
-        model._load_complete(state, name_or_path)
-        return model.eval()
-
-    @classmethod
-    def _from_stock(cls, name_or_path, hub, overrides):
-        """The one place where Conv1D weights (in, out) become (out, in)."""
+        name, hub = os.fspath(name_or_path), {key: kwargs.pop(key, None) for key in ("cache_dir", "revision", "token")}
+        dtypes = {str(kind).removeprefix("torch."): kind for kind in FLOAT_DTYPES}
+        if dtype not in (None, *dtypes, *dtypes.values()):
+            raise UserError(f"dtype = {dtype!r}: allowed are {', '.join(dtypes)}")
+        attention = {key: kwargs.pop(key) for key in ("attn_implementation",) if key in kwargs}
+        wrong = {key: value for key, value in kwargs.items() if key not in RULES or not RULES[key][0](value)}
+        refuse(
+            "from_pretrained",
+            [f"{key} = {value!r}: {RULES[key][1] if key in RULES else 'no option'}" for key, value in wrong.items()],
+        )
+        checkpoint = open_checkpoint(name, hub)
+        fields, state = checkpoint.fields | kwargs, checkpoint.state
+        if "num_labels" in kwargs:
+            fields = {key: value for key, value in fields.items() if key not in ("id2label", "label2id")}
+        base_name = fields.get("base_model_name_or_path")
+        if base_name:
+            base = open_base(checkpoint, base_model_name_or_path, hub)
+            base_name = base.name
+            state = {key: tensor for key, tensor in base.state.items() if is_base(key)} | state
         try:
-            stock, info = cls.upstream.from_pretrained(
-                name_or_path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **hub, **overrides
+            with no_init_weights():
+                model = cls(QuantGPT2Config(**fields, **attention))
+        except (ValueError, ImportError) as error:  # bits without an adapter or codes, an attention that is not there
+            raise UserError(f"{checkpoint.path}: {error}") from None
+        if fields.get("exported_widths"):
+            take_codes(model, state)
+            model.set_bit_config(fields.get("bit_config"))
+        model._load_complete(state, name, checkpoint.own)
+        if base_name and (found := model.base_checksum()) != fields["base_checksum"]:
+            raise UserError(
+                f"{name}: trained on a base with checksum {fields['base_checksum'][:16]}..., but {base_name} has "
+                f"{found[:16]}...; adapters do not fit other weights: say where their base is with "
+                "--base_model_name_or_path"
             )
-        except SafetensorError as error:
-            raise UserError(f"{name_or_path}: its safetensors file is damaged ({error}); fetch it again") from None
-        if missing := sorted(name for name in info["missing_keys"] if is_base(name)):
-            raise UserError(f"{name_or_path}: weights are missing: {', '.join(missing[:3])} ({len(missing)} in all)")
-        transposed = {f"{name}.weight" for name, module in stock.named_modules() if isinstance(module, Conv1D)}
-        state = {name: v.t() if name in transposed else v for name, v in stock.state_dict().items()}
-        with no_init_weights():
-            model = cls(_own_config(stock.config))
-        model._load_complete(state, name_or_path)
+        model.config._commit_hash = checkpoint.commit
+        if dtype:
+            model.to(dtypes.get(dtype, dtype))
+        model.config.dtype = model.dtype
         return model.eval()
 
-    def _load_complete(self, state, source):
+    def _load_complete(self, state, source, own):
+        """Take over all weights. Stock weights: other heads are left out, and a head that is not there starts anew."""
+        tied = self._tied_weights_keys or {}
+        if not own:
+            known = set(self.state_dict()) - set(tied)
+            state = {name: v for name, v in state.items() if name in known or name.startswith("transformer.")}
         try:
             missing, unexpected = self.load_state_dict(state, strict=False)
         except RuntimeError as error:
             raise UserError(f"{source}: the weights do not fit its config.json: {error}") from None
         self.tie_weights()
-        missing = [name for name in missing if name not in (self._tied_weights_keys or {})]
-        if missing or unexpected:
-            raise UserError(f"{source}: weights missing: {missing[:3]}; not part of the model: {unexpected[:3]}")
+        missing = [name for name in missing if name not in tied]
+        if not own:
+            for head in {name.rpartition(".")[0] for name in missing if not is_base(name)}:
+                self._init_weights(self.get_submodule(head))
+            missing = [name for name in missing if is_base(name)]
+        if missing:
+            raise UserError(f"{source}: weights are missing: {', '.join(missing[:3])} ({len(missing)} in all)")
+        if unexpected:
+            raise UserError(f"{source}: not part of the model: {', '.join(unexpected[:3])} ({len(unexpected)} in all)")
 
     def set_base(self, name_or_path):
-        """Make checkpoints refer to this frozen base (name or path, and checksum) instead of containing it."""
+        """Make checkpoints refer to this frozen base (name or path, commit, checksum) instead of containing it.
+
+        Raises ValueError for a model that was cast: its weights are not those of the base any more.
+        """
+        if self.dtype != torch.float32:
+            raise UserError(f"a base of dtype {self.dtype}: adapters are trained on a base in float32")
         is_folder = os.path.isdir(name_or_path)
         self.config.base_model_name_or_path = os.path.abspath(name_or_path) if is_folder else name_or_path
+        self.config.base_model_revision = None if is_folder else getattr(self.config, "_commit_hash", None)
         self.config.base_checksum = self.base_checksum()
 
     def base_checksum(self):
@@ -511,26 +507,9 @@ class QuantGPT2Mixin:
         state_dict = self.state_dict() if state_dict is None else state_dict
         if self.config.base_model_name_or_path:
             state_dict = {name: value for name, value in state_dict.items() if not is_base(name)}
-        os.makedirs(save_directory, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=save_directory, prefix=".saving-") as folder:
-            super().save_pretrained(folder, state_dict=state_dict, **kwargs)
-            for file in sorted(os.listdir(folder), reverse=True):
-                os.replace(os.path.join(folder, file), os.path.join(save_directory, file))
-
-
-def is_base(name):
-    """True for the weights of the pretrained body, False for adapters and heads."""
-    return name.startswith("transformer.") and ".lora_" not in name or name.startswith("lm_head.")
-
-
-def _read_weights(folder):
-    path = os.path.join(folder, WEIGHTS_NAME)
-    if not os.path.isfile(path):
-        raise UserError(f"{folder}: no {WEIGHTS_NAME} in it, so this is no complete checkpoint")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged or truncated ({error}); use an earlier checkpoint") from None
+        with saving(save_directory) as folder:
+            # one file of weights, whose checksum is in config.json
+            super().save_pretrained(folder, state_dict=state_dict, **kwargs | {"max_shard_size": "1TB"})
 
 
 class QuantGPT2ForQuestionAnswering(QuantGPT2Mixin, GPT2ForQuestionAnswering):

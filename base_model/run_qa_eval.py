@@ -1,0 +1,271 @@
+#!/usr/bin/env python
+# Copied from switch_precision/run_qa_eval.py
+"""Evaluate one checkpoint under any number of bit-width configs: one model load, one tokenization, one table.
+
+    bash eval.sh --bit_configs 8 4 W4A8KV8 ../configs/hybrid_25pct_4bit.json
+    python run_qa_eval.py --model_name_or_path results/train --dataset_name squad --output_dir results/eval
+
+Without --bit_configs: every width that the checkpoint was trained for, highest first. In --output_dir: table.md,
+record.json (the run with all rows), and a folder per config with its record and predictions, written as it finishes.
+The same command given again evaluates only what is missing.
+"""
+
+import dataclasses
+import glob
+import hashlib
+import json
+import logging
+import os
+import re
+import time
+
+from accelerate.utils import broadcast_object_list
+from transformers import TrainingArguments, set_seed
+
+from eval_setup import (
+    CheckpointArguments,
+    data_identity,
+    load_model,
+    model_checksum,
+    resolve_configs,
+    tokenizer_checksum,
+    trained_configs,
+)
+from eval_stats import compare, markdown_table, with_interval
+from models.bit_config import describe_bit_config
+from models.errors import UserError
+from record import (
+    file_checksum,
+    read_state,
+    relative_path,
+    run_record,
+    write_json_atomic,
+    write_state,
+    write_text_atomic,
+)
+from run_qa import (
+    DataTrainingArguments,
+    build_features,
+    load_data,
+    load_tokenizer,
+    make_collator,
+    make_metric,
+    option,
+    parse_args,
+    plain_errors,
+    setup_logging,
+)
+from trainer_qa import QuestionAnsweringTrainer
+from utils_qa import squad_em_f1_per_example
+
+logger = logging.getLogger("run_qa_eval")
+
+
+@dataclasses.dataclass
+class EvalArguments(CheckpointArguments):
+    """The checkpoint and the configs."""
+
+    bit_configs: list[str] | None = option(
+        None,
+        'JSON files (configs/README.md), short forms as W4A8KV8, or uniform widths as 8; "checkpoint": as saved',
+        aliases=["--eval_bit_widths", "--eval_bit_width", "--sp_config_path"],
+    )
+    reference_config: str | None = option(None, "config that the drops are against (default: the first)")
+    num_bootstrap: int = option(1000, "resamples of the 95 % intervals over questions (0: no intervals)")
+
+
+@dataclasses.dataclass
+class EvalDataArguments(DataTrainingArguments):
+    """The data, the features and the answers."""
+
+    n_best_size: int = option(1, "candidate answers kept in a config's n-best file (the answer itself is the first)")
+
+
+class Evaluator:
+    """Evaluates configs of one model on one tokenized validation set, and keeps a record and predictions of each."""
+
+    def __init__(self, model, tokenizer, model_args, data_args, training_args, overwrite):
+        self.model, self.model_args, self.training_args = model, model_args, training_args
+        self.folder, self.overwrite = training_args.output_dir, overwrite
+        self.fresh = {}  # {digest: record} of this run
+        examples, self.sources = load_data(data_args, ["validation"], model_args)
+        self.examples, positions = examples["validation"], model.config.max_position_embeddings
+        self.references = {row["id"]: row["answers"]["text"] for row in self.examples}
+        self.features = build_features(
+            self.examples, "validation", self.sources["validation"], tokenizer, data_args, training_args, positions
+        )
+        half = [name for name in ("bf16", "fp16") if getattr(training_args, name)]
+        full_half = [name for name in ("bf16_full_eval", "fp16_full_eval") if getattr(training_args, name)]
+        self.dtype = "+".join(full_half + half) or "fp32"
+        names = ("max_seq_length", "doc_stride", "question_separator", "max_answer_length", "n_best_size")
+        self.identity = {  # what the answers depend on, besides the config
+            "model_sha256": model_checksum(model),
+            "tokenizer_sha256": tokenizer_checksum(tokenizer),
+            "data": data_identity(self.examples),
+            "dtype": self.dtype,
+            "execution": model_args.execution,
+            "attention": model.config._attn_implementation,
+            **{name: getattr(data_args, name) for name in names},
+        }
+        self.trainer = QuestionAnsweringTrainer(
+            model=model,
+            args=training_args,
+            processing_class=tokenizer,
+            data_collator=make_collator(tokenizer, data_args, positions),
+            compute_metrics=make_metric(),
+            n_best_size=data_args.n_best_size,
+            max_answer_length=data_args.max_answer_length,
+        )
+
+    def digest(self, resolved):
+        """Of a config and all else that its answers depend on."""
+        return hashlib.sha256(json.dumps([self.identity, resolved], sort_keys=True).encode()).hexdigest()[:12]
+
+    def existing(self, digest):
+        """The record of this digest with its predictions, whatever name the config had; None without a whole one."""
+        if digest in self.fresh:
+            return self.fresh[digest]
+        found = None
+        if self.trainer.is_world_process_zero() and not self.overwrite:  # rank 0 decides for all
+            folders = sorted(glob.glob(os.path.join(glob.escape(self.folder), f"*-{digest}")))
+            found = next(filter(None, map(load_record, folders)), None)
+        return broadcast_object_list([found])[0]
+
+    def evaluate_all(self, configs):
+        """{name: record} of {name: resolved}; what has a record already is not evaluated again."""
+        records = {}
+        for name, resolved in configs.items():
+            records[name] = self.existing(self.digest(resolved)) or self.evaluate(name, resolved)
+        return records
+
+    def evaluate(self, name, resolved):
+        """The record of one config, with its predictions {id: text}."""
+        start, digest = time.time(), self.digest(resolved)
+        # the digest alone tells configs apart: names may agree in what is replaced or cut off
+        folder = os.path.join(self.folder, f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)[:100]}-{digest}")
+        self.training_args.output_dir = folder  # where the trainer writes the predictions
+        try:
+            with self.model.bit_config(resolved):
+                texts, metrics = self.trainer.predict(self.features, self.examples, metric_key_prefix="eval")
+        finally:
+            self.training_args.output_dir = self.folder
+        files = ("eval_predictions.json", "eval_nbest_predictions.json")
+        record = run_record(
+            model=relative_path(self.model_args.model_name_or_path),
+            bit_config={
+                "name": name,
+                **describe_bit_config(resolved, self.model.layer_shapes()),
+                "lora_bank": self.model.config.lora_bank,
+                "layers": resolved,
+            },
+            metrics=metrics,
+            data=self.sources,
+            seed=self.training_args.seed,
+            wall_seconds=time.time() - start,
+            dtype=self.dtype,
+            identity=self.identity,
+        )
+        if self.trainer.is_world_process_zero():  # after the predictions: a folder with a record is complete
+            record["files"] = {file: file_checksum(os.path.join(folder, file)) for file in files}
+            write_state(os.path.join(folder, "record.json"), record)
+        logger.info("%s: EM %.2f, F1 %.2f", name, metrics["eval_exact_match"], metrics["eval_f1"])
+        self.fresh[digest] = {**record, "predictions": texts}
+        return self.fresh[digest]
+
+    def table(self, records, reference, num_bootstrap):
+        """One row per config: size, cost, scores with intervals, drops against `reference` (a name), seconds."""
+        scores = {
+            name: list(squad_em_f1_per_example(record["predictions"], self.references).values())
+            for name, record in records.items()
+        }
+        statistics = compare(scores, reference, num_bootstrap, self.training_args.seed)
+        unit, shapes = records[reference]["bit_config"]["bitops_per_token"], self.model.layer_shapes()
+        return [
+            {
+                "config": name,
+                "average_w_bits": record["bit_config"]["average_w_bits"],
+                "weight_mb": describe_bit_config(record["bit_config"]["layers"], shapes)["weight_bytes"] / 1e6,
+                "relative_bitops": record["bit_config"]["bitops_per_token"] / unit,
+                **statistics[name],
+                "seconds": record["wall_seconds"],
+            }
+            for name, record in records.items()
+        ]
+
+
+def load_record(folder):
+    """A record with its predictions, as `Evaluator.evaluate` left them; None where a file lacks or is damaged."""
+    record = read_state(os.path.join(folder, "record.json"))
+    if record is None:
+        return None
+    for name, checksum in record["files"].items():
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path) or file_checksum(path) != checksum:
+            logger.warning("%s: missing or damaged; its config is evaluated again", path)
+            return None
+    logger.info("%s has a record", folder)
+    with open(os.path.join(folder, "eval_predictions.json"), encoding="utf-8") as file:
+        return {**record, "predictions": json.load(file)}
+
+
+def table_lines(rows, reference):
+    """The table as markdown, with its caption."""
+    header = ["config", "avg bits", "MB", "BitOPs", "EM", "F1", "EM drop", "F1 drop", "p", "seconds"]
+    cells = [
+        [
+            row["config"],
+            f"{row['average_w_bits']:.2f}",
+            f"{row['weight_mb']:.2f}",
+            f"{row['relative_bitops']:.3f}",
+            *(with_interval(row[key], row[f"{key}_interval"]) for key in ("exact_match", "f1")),
+            *(with_interval(row[key], row[f"{key}_interval"]) for key in ("exact_match_drop", "f1_drop")),
+            f"{row['mcnemar_p']:.2g}",
+            f"{row['seconds']:.1f}",
+        ]
+        for row in rows
+    ]
+    caption = (
+        f"Drops, BitOPs and p (exact McNemar test of EM) are against {reference}; [95 % bootstrap interval over "
+        "questions]; MB: linear weights as they are stored, with scales (up to 4 bits two a byte, above that one)."
+    )
+    return [*markdown_table(header, cells), "", caption]
+
+
+def main():
+    start = time.time()
+    model_args, data_args, training_args = parse_args(EvalArguments, EvalDataArguments, TrainingArguments)
+    setup_logging(training_args)
+    if training_args.do_train or training_args.do_predict:
+        raise UserError("--do_train, --do_predict: this script only evaluates; run_qa.py trains and predicts")
+    set_seed(training_args.seed)
+    tokenizer = load_tokenizer(model_args)
+    model = load_model(model_args, tokenizer)
+    asked = model_args.bit_configs or trained_configs(model)
+    first = model_args.reference_config or asked[0]
+    configs = resolve_configs(model, [first, *asked])
+    reference = next(iter(configs))
+    evaluator = Evaluator(model, tokenizer, model_args, data_args, training_args, data_args.overwrite_output_dir)
+    model.keep_only_codes(configs.values())  # once the identity of the records has the checksum of the weights
+    rows = evaluator.table(evaluator.evaluate_all(configs), reference, model_args.num_bootstrap)
+    if evaluator.trainer.is_world_process_zero():
+        lines = table_lines(rows, reference)
+        print("\n".join(lines), flush=True)
+        folder = training_args.output_dir
+        write_text_atomic(os.path.join(folder, "table.md"), "\n".join(lines) + "\n")
+        record = run_record(
+            model=relative_path(model_args.model_name_or_path),
+            bit_config={"reference": reference, "layers": configs},
+            metrics={f"{row['config']}_{key}": row[key] for row in rows for key in ("exact_match", "f1")},
+            data=evaluator.sources,
+            seed=training_args.seed,
+            wall_seconds=time.time() - start,
+            dtype=evaluator.dtype,
+            num_bootstrap=model_args.num_bootstrap,
+            rows=rows,
+        )
+        write_json_atomic(data_args.record_file or os.path.join(folder, "record.json"), record)
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main()
