@@ -4,13 +4,16 @@ python compare.py --runs results/compare --seeds 42 43 44
 """
 
 import argparse
+import os
+import shlex
 import sys
+import time
 from pathlib import Path
 
 from cyclic_precision_trainer import training_cost
 from models.errors import UserError
 from models.user_input import read_json
-from record import relative_path, write_json_atomic
+from record import command_line, relative_path, run_record, write_json_atomic
 
 LABELS = {
     "static4": "static, 4 bits",
@@ -95,12 +98,28 @@ def table(rows, metric):
     return lines
 
 
+def script_command(runs, seeds, joint):
+    """The command line of compare.sh, from the settings.txt that it left; without that, the one of this script."""
+    try:
+        variables, flags = [], []
+        for line in (runs / "settings.txt").read_text(encoding="utf-8").splitlines():
+            (variables if len(variables) < 3 else flags).append(line)
+    except FileNotFoundError:
+        return command_line()
+    values = dict(line.split("=", 1) for line in variables) | {"OUTPUT_DIR": str(runs), "SEEDS": " ".join(seeds)}
+    values |= {"JOINT": joint} if joint else {}
+    words = [f"{name}={shlex.quote(relative_path(value))}" for name, value in values.items() if value]
+    script = os.path.relpath(Path(__file__).with_suffix(".sh"))
+    return " ".join([*words, "bash", script, shlex.join(map(relative_path, flags))]).rstrip()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, required=True, help="OUTPUT_DIR of compare.sh")
     parser.add_argument("--seeds", nargs="+", required=True, help="the seeds it ran")
     parser.add_argument("--joint", help="the jointly trained checkpoint it evaluated; SEED stands for a seed")
     args = parser.parse_args()
+    start = time.time()
 
     names = {kind: [f"{kind}_{seed}" for seed in args.seeds] for kind in ("static4", "static8", "cpt")}
     records = {name: load(args.runs / name / "record.json") for group in names.values() for name in group}
@@ -126,17 +145,31 @@ def main():
     )
     lines = [*table(rows, "exact_match"), "", *table(rows, "f1"), "", caption]
     print("\n".join(lines), flush=True)
-    content = {
-        "caption": caption,
-        "training": training,
-        "cyclic": records["cpt_" + args.seeds[0]]["cyclic"],
-        "data": records["cpt_" + args.seeds[0]]["data"],
-        "seeds": args.seeds,
-        "rows": rows,
-        "records": [
-            relative_path(str(args.runs / name / "record.json")) for group in names.values() for name in group
-        ],
+    records |= {name: load(args.runs / name / "record.json") for name in names.get("joint", ())}
+    first = records["cpt_" + args.seeds[0]]
+    means = {
+        f"{row['training']}, {name}, {label}": row["scores"][name][metric]["mean"]
+        for row in rows
+        for name in row["scores"]
+        for metric, label in METRICS.items()
     }
+    content = run_record(
+        model=first["model"],
+        bit_config=None,
+        metrics=means,
+        data=first["data"],
+        seed=[int(seed) for seed in args.seeds],
+        wall_seconds=time.time() - start,
+        caption=caption,
+        training=training,
+        cyclic=first["cyclic"],
+        rows=rows,
+        records={
+            relative_path(str(args.runs / name / "record.json")): {key: record.get(key) for key in ("command", "git")}
+            for name, record in records.items()
+        },
+    )
+    content["command"] = script_command(args.runs, args.seeds, args.joint)
     write_json_atomic(args.runs / "summary.json", content)
 
 

@@ -7,9 +7,14 @@ python quickstart/seeds.py --summary results/quickstart_seeds.json --readme READ
 import argparse
 import json
 import statistics
+import sys
+import time
 from pathlib import Path
 
 from report import NOTICE, write_into
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "base_model"))
+from record import run_record, write_json_atomic  # noqa: E402
 
 BITS = ("W8A8KV8", "W4A4KV4")
 METHODS = {
@@ -32,7 +37,8 @@ def spread(values):
 
 
 def summarize(folder, seeds):
-    """The summary: EM of every method at both widths, and each search against its random assignments."""
+    """The record: EM of every method at both widths, and each search against its random assignments."""
+    start = time.time()
     rows, sources = {}, {}
     for method in METHODS:
         scores = {bits: [] for bits in BITS}
@@ -59,7 +65,19 @@ def summarize(folder, seeds):
             **record["search"]["found"]["random"],
         }
         sources[f"search_{seed}"] = {"command": record["command"], "git": record["git"]}
-    return {"notice": NOTICE, "seeds": seeds, "methods": rows, "searches": searches, "records": sources}
+    return run_record(
+        model="tiny GPT-2 of quickstart/make_model.py",
+        bit_config=None,
+        metrics={f"{method}, EM at {bits}": row[bits]["mean"] for method, row in rows.items() for bits in BITS},
+        data=training["data"],
+        seed=[int(seed) for seed in seeds],
+        wall_seconds=time.time() - start,
+        notice=NOTICE,
+        seeds=seeds,
+        methods=rows,
+        searches=searches,
+        records=sources,
+    )
 
 
 def table(summary):
@@ -90,7 +108,7 @@ def main():
     args = parser.parse_args()
     summary = summarize(args.records, args.seeds) if args.records else load(args.summary)
     if args.output:
-        args.output.write_text(json.dumps(summary, indent=1) + "\n")
+        write_json_atomic(args.output, summary)
     text = f"{summary['notice']}\n\n{table(summary)}\n"
     if args.readme:
         write_into(args.readme, text, "seeds")

@@ -606,6 +606,19 @@ def test_comparison_table(runs, capsys):
     assert scores["f1"] == {"mean": 22.5, "min": 21, "max": 24, "values": [21, 24]} and len(summary["records"]) == 6
 
 
+def test_comparison_says_how_it_was_made(runs, tmp_path, monkeypatch):
+    """Without what compare.sh leaves, the command is that of compare.py."""
+    monkeypatch.chdir(tmp_path)
+    summary = call_compare(runs, "--seeds", "1")
+    assert summary["command"] == "python compare.py --runs runs --seeds 1"
+    assert summary["git"]["commit"] and summary["versions"]["torch"] and summary["seed"] == [1]
+    settings = ["MODEL=gpt2", f"TRAIN_FILE={tmp_path}/a b.json", "VALIDATION_FILE=", "--max_steps", "30"]
+    (runs / "settings.txt").write_text("\n".join(settings) + "\n")
+    command = call_compare(runs, "--seeds", "1", "2")["command"]
+    script = os.path.relpath(ROOT / "cpt" / "compare.sh")
+    assert command == f"MODEL=gpt2 TRAIN_FILE='a b.json' OUTPUT_DIR=runs SEEDS='1 2' bash {script} --max_steps 30"
+
+
 @pytest.mark.parametrize(
     ("flags", "cost"),
     [

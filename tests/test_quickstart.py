@@ -121,6 +121,37 @@ def test_report_without_records_is_one_clear_error(tmp_path):
     assert done.returncode == 1 and "run bash quickstart/run.sh first" in done.stderr
 
 
+def test_the_seeds_record_says_how_it_was_made(tmp_path):
+    base = {"command": "python x.py", "git": {"commit": "1"}, "steps": 3, "data": {}}
+    scores = {f"eval_exact_match_{bits}": 50.0 for bits in ("W8A8KV8", "W4A4KV4")} | {"eval_exact_match": 40.0}
+    names = ["joint", "uniform", "sequential_steps", "sequential_passes", "lora", "ptq_W8A8KV8", "ptq_W4A4KV4"]
+    records = {name: base | {"metrics": scores} for name in names}
+    random = {"mean_exact_match": 1.0, "std_exact_match": 1.0, "better_than_found": 0, "number": 1}
+    row = {"config": "found", "average_w_bits": 6.0, "exact_match": 50.0}
+    records["search"] = base | {"rows": [row], "search": {"found": {"random": random}}}
+    for name, record in records.items():
+        (tmp_path / f"{name}_7.json").write_text(json.dumps(record))
+    done = run("seeds.py", "--records", tmp_path, "--seeds", 7, "--output", tmp_path / "seeds.json")
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "seeds.json").read_text())
+    assert "seeds.py --records" in made["command"] and made["git"]["commit"] and made["versions"]["torch"]
+    assert made["methods"]["ptq"]["W8A8KV8"]["mean"] == 40 and made["records"]["joint_7"]["command"] == "python x.py"
+    again = run("seeds.py", "--summary", tmp_path / "seeds.json")
+    assert again.returncode == 0 and again.stdout in done.stdout
+
+
+# Records of an earlier form: to be made anew, or to go.
+INCOMPLETE = {"bench_step.json", "bench_step_joint.json", "cpt_compare.json", "quickstart_seeds.json"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("*.json")), ids=lambda path: path.name)
+def test_records_say_how_they_were_made(path, request):
+    if path.name in INCOMPLETE:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="of an earlier form"))
+    record = json.loads(path.read_text())
+    assert record["command"] and record["git"]["commit"] and record["versions"]
+
+
 def test_records_carry_no_absolute_path():
     for path in (ROOT / "results").rglob("*.json"):
         words = [word for word in json.dumps(json.loads(path.read_text())).split('"') if word.startswith("/")]
