@@ -24,7 +24,7 @@ import datasets
 import evaluate
 import transformers
 from datasets.fingerprint import Hasher
-from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, TrainingArguments, set_seed
+from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, set_seed
 from transformers.utils.versions import require_version
 
 from models.bit_config import describe_bit_config, short_name
@@ -34,6 +34,7 @@ from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
 from record import file_checksum, relative_path, run_record, write_json_atomic
 from squad_data import load_qa_datasets
 from trainer_qa import QuestionAnsweringTrainer, is_complete, last_complete_checkpoint
+from training_args import TrainingArguments, refuse_processes
 from utils_qa import prepare_train_features, prepare_validation_features
 
 require_version("transformers>=5.23", "pip install -r requirements.txt")
@@ -109,6 +110,8 @@ class DataTrainingArguments:
 
 def parse_args(*dataclass_types):
     """One instance of each dataclass, from the command line or from one JSON file."""
+    if not any(issubclass(kind, TrainingArguments) for kind in dataclass_types):
+        refuse_processes()
     parser = HfArgumentParser(dataclass_types)
     try:
         if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
@@ -445,7 +448,7 @@ def main():
             seed=training_args.seed,
             wall_seconds=time.time() - start,
             steps=trainer.state.global_step,
-            dtype="bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32",
+            dtype=training_args.run_dtype,
         )
         write_json_atomic(data_args.record_file or os.path.join(training_args.output_dir, "record.json"), record)
 

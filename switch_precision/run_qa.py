@@ -31,7 +31,6 @@ from transformers import (
     DataCollatorWithPadding,
     HfArgumentParser,
     SchedulerType,
-    TrainingArguments,
     set_seed,
 )
 from transformers.utils.versions import require_version
@@ -49,6 +48,7 @@ from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
 from record import file_checksum, relative_path, run_record, write_json_atomic
 from squad_data import load_qa_datasets
 from trainer_qa import is_complete, last_complete_checkpoint
+from training_args import TrainingArguments, refuse_processes
 from utils_qa import prepare_train_features, prepare_validation_features
 
 require_version("transformers>=5.23", "pip install -r requirements.txt")
@@ -149,6 +149,8 @@ class DataTrainingArguments:
 # Copied from base_model/run_qa.py:parse_args
 def parse_args(*dataclass_types):
     """One instance of each dataclass, from the command line or from one JSON file."""
+    if not any(issubclass(kind, TrainingArguments) for kind in dataclass_types):
+        refuse_processes()
     parser = HfArgumentParser(dataclass_types)
     try:
         if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
@@ -563,7 +565,7 @@ def main():
             seed=training_args.seed,
             wall_seconds=time.time() - start,
             steps=trainer.state.global_step,
-            dtype="bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32",
+            dtype=training_args.run_dtype,
             bit_widths=None if model_args.bit_configs else model_args.bit_widths,
             bit_configs={name: {**describe_bit_config(config, shapes), "layers": config} for name, config in targets},
             objective=dataclasses.asdict(objective_args) if training_args.do_train else None,

@@ -20,7 +20,7 @@ import time
 
 import numpy as np
 from tqdm.auto import tqdm
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 from block_reuse import ReusedForward, block_of
 from eval_setup import CheckpointArguments, data_identity, load_model, model_checksum, resolve_configs
@@ -39,6 +39,7 @@ from run_qa import (
     plain_errors,
     setup_logging,
 )
+from training_args import TrainingArguments
 from utils_qa import squad_em_f1_per_example
 
 logger = logging.getLogger("sensitivity")
@@ -179,6 +180,7 @@ def main():
     setup_logging(training_args)
     if training_args.world_size > 1:
         raise UserError(f"the sweep is one process, not {training_args.world_size}: --nproc_per_node=1")
+    training_args.refuse_full_eval()
     if model_args.chunk_batches < 1 or model_args.num_gradient_batches < 0 or model_args.num_bootstrap < 0:
         raise UserError("--chunk_batches must be 1 or more, --num_gradient_batches and --num_bootstrap 0 or more")
     set_seed(training_args.seed)
@@ -201,7 +203,7 @@ def main():
         "batches": [training_args.eval_batch_size, model_args.chunk_batches, len(measure_set.batches)],
         "features": [data_args.max_seq_length, data_args.doc_stride, data_args.question_separator],
         "max_answer_length": data_args.max_answer_length,
-        "dtype": "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32",
+        "dtype": training_args.run_dtype,
         "execution": model_args.execution,
     }
     state = open_state(os.path.join(training_args.output_dir, "state"), identity, data_args.overwrite_output_dir)
