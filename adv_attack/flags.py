@@ -14,6 +14,7 @@ from transformers.integrations import get_available_reporting_integrations
 from models.bit_config import ALLOWED_BITS, ALLOWED_TEXT
 from models.errors import UserError
 from models.user_input import read_json, show
+from training_args import refuse_processes
 
 NAME_MAX = 255  # bytes of a file's name, on all common file systems
 POSITIVE = (
@@ -36,6 +37,8 @@ WIDTHS = ("bit_widths", "eval_bit_widths", "fixed_bits")
 
 def parse_args(*dataclass_types):
     """One instance of each dataclass, from the command line or from one JSON file. Raises UserError for any fault."""
+    if not any(issubclass(kind, TrainingArguments) for kind in dataclass_types):
+        refuse_processes()
     source, words = "", sys.argv[1:]
     if from_file := len(words) == 1 and words[0].endswith(".json"):
         source, words = f"{words[0]}: ", words_of(read_json(words[0]), words[0])
