@@ -1,6 +1,6 @@
 """Precision range test: which is the lowest width that is worth training at?
 
-Every width from 2 bits to the highest trains the same `steps_per_bit` optimizer steps from the same start, on the same
+Every width from 2 bits to the highest trains the same number of optimizer steps from the same start, on the same
 batches. Its improvement is the training accuracy over its last steps less that before the first one, both at this
 width. min_bits, where cyclic training may begin, is the lowest width with at least a given share of the improvement of
 the highest. The learning rate is constant and has no warmup: the first steps of a training, at their full speed.
@@ -9,6 +9,8 @@ Source: CPT, arXiv:2101.09868, Sec. 3.3, with a deviation. There the width rises
 the first width counts whose improvement exceeds a threshold, which is not published. That asks when training takes off
 and not at how many bits: whichever width is in use then shows the improvement. A start of its own and the comparison
 with the highest width leave the width as the only difference.
+Measured on the quick start's stand-in (seed 42, learning rate 3e-3, batch 16): 100 steps give 2, 3, 4, 5, 6, 8 bits
+shares of 0.01, 0.32, 0.85, 0.78, 0.90, 1; static training for 400 steps (cosine) ends at EM 9, 55, 82, 88, 88, 87.
 """
 
 import itertools
