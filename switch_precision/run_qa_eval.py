@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Evaluate one checkpoint under any number of bit-width configs: one model load, one tokenization, one table.
 
-    bash eval.sh --bit_configs 8 4 W4A8KV8 ../configs/hybrid_25pct_4bit.json
-    python run_qa_eval.py --model_name_or_path results/train --dataset_name squad --output_dir results/eval
+    python run_qa_eval.py --model_name_or_path results/train --dataset_name squad --output_dir results/eval \\
+        --do_eval --bit_configs 8 4 W4A8KV8 ../configs/hybrid_25pct_4bit.json
 
 Without --bit_configs: every width that the checkpoint was trained for, highest first. In --output_dir: table.md,
 record.json (the run with all rows), and a folder per config with its record and predictions, written as it finishes.
