@@ -14,6 +14,7 @@ from transformers.integrations import get_available_reporting_integrations
 from models.bit_config import ALLOWED_BITS, ALLOWED_TEXT
 from models.errors import UserError
 from models.user_input import read_json, show
+from training_args import refuse_processes
 
 NAME_MAX = 255  # bytes of a file's name, on all common file systems
 POSITIVE = (
@@ -36,6 +37,8 @@ WIDTHS = ("bit_widths", "eval_bit_widths", "fixed_bits")
 
 def parse_args(*dataclass_types):
     """One instance of each dataclass, from the command line or from one JSON file. Raises UserError for any fault."""
+    if not any(issubclass(kind, TrainingArguments) for kind in dataclass_types):
+        refuse_processes()
     source, words = "", sys.argv[1:]
     if from_file := len(words) == 1 and words[0].endswith(".json"):
         source, words = f"{words[0]}: ", words_of(read_json(words[0]), words[0])
@@ -92,9 +95,11 @@ def check_flags(*groups):
             refuse(name, value, "0 to 2**32 - 1")
         if name in CHOICES and value not in CHOICES[name]:
             raise UserError(f"--{name} {value[:80]}: allowed are {', '.join(CHOICES[name])}")
-        for bits in (value if isinstance(value, list) else [value]) if name in WIDTHS else ():
-            if isinstance(bits, int) and bits not in ALLOWED_BITS:
-                raise UserError(f"--{name}: {bits} is not a bit-width, allowed are {ALLOWED_TEXT}")
+        widths = (value if isinstance(value, list) else [value]) if name in WIDTHS else ()
+        for bits in widths:
+            if isinstance(bits, int) and bits not in ALLOWED_BITS:  # search.py's are names of configs
+                shown = " ".join(map(str, widths))
+                raise UserError(f"--{name} {shown}: {bits} is not a bit-width, allowed are {ALLOWED_TEXT}")
         if name == "report_to":
             installed = get_available_reporting_integrations()
             for tracker in set(value) - set(installed):
@@ -114,7 +119,7 @@ def refuse(name, value, allowed):
 
 def check_output(name, path, folder=False):
     """Refuse an output path that cannot be written: a file for a folder, no permission, a name that is too long."""
-    if not path:
+    if not path or "\0" in path:
         refuse(name, path, "a path")
     if folder and os.path.lexists(path) and not os.path.isdir(path):
         raise UserError(f"--{name} {path}: is a file; allowed is a folder, there or not")

@@ -66,7 +66,7 @@ def run_settings(*arguments):
     """
     values = {field.name: getattr(part, field.name) for part in arguments for field in dataclasses.fields(part)}
     training_args = next(part for part in arguments if isinstance(part, TrainingArguments))
-    left_out = FREE
+    left_out = set(FREE)
     if not (training_args.load_best_model_at_end or training_args.lr_scheduler_type == "reduce_lr_on_plateau"):
         left_out |= EVALUATION
     if training_args.max_steps > 0:

@@ -14,6 +14,7 @@ inputs are clean.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -25,11 +26,11 @@ import warnings
 import datasets
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
-    TrainingArguments,
     set_seed,
 )
 from transformers.utils.versions import require_version
@@ -43,6 +44,7 @@ from models.modeling_gpt2_quant import QuantGPT2ForSequenceClassification
 from record import hide_tokens, relative_path, run_record, write_json_atomic
 from resuming import OutputFolder, ResumableTrainer, input_checksums, run_settings
 from text_data import check_labels, number_of_classes
+from training_args import TrainingArguments
 
 require_version("transformers>=5.23", "pip install -r requirements.txt")
 
@@ -101,6 +103,12 @@ class TrainingTextArguments(TextArguments):
     """The texts, and the output folder."""
 
     overwrite_output_dir: bool = option(False, "start over in a used --output_dir; deletes its checkpoints")
+
+
+class ClassifierTrainingArguments(TrainingArguments):
+    """TrainingArguments with the metrics of `classification_metrics`."""
+
+    metrics = ("accuracy", "accuracy_low", "accuracy_high", "loss")
 
 
 # Copied from base_model/run_qa.py:setup_logging
@@ -236,7 +244,78 @@ def width_for_step(step, seed, bit_widths):
     return random.Random(f"{seed}-{step}").choice(sorted(bit_widths))
 
 
-class ClassificationTrainer(ResumableTrainer):
+# Copied from base_model/trainer_qa.py:StepMeanTrainer
+class StepMeanTrainer(ResumableTrainer):
+    """Trainer whose optimizer step descends the mean loss of its samples: all micro-batches, all processes, each once.
+
+    So N processes with batch b do what one does with batch N b, and k accumulated batches what one of k times the size
+    does, at the ragged end of an epoch too. Losses and gradients are averaged over the processes, as DDP does.
+    """
+
+    loss_is_scaled_for_ga = True  # by the share of a micro-batch
+    configs = ()
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of an optimizer step, each with its "share": its part of the samples of the step, times
+        the processes.
+
+        Accelerate hands every process full batches. Those that end an epoch it fills up with duplicates: of the last
+        ones only the first samples, in the order of the ranks, are new.
+        """
+        batches = [dict(batch) for batch in itertools.islice(epoch_iterator, num_batches)]
+        counts, world = [len(batch["input_ids"]) for batch in batches], self.args.world_size
+        complete = self.args.dataloader_drop_last or self.args.train_sampling_strategy == "batch_rebalance"
+        if batches and world > 1 and not complete and self.accelerator.gradient_state.end_of_dataloader:
+            size = counts[-1]
+            # Not gradient_state.remainder: a resumed epoch does not have it.
+            new = len(self.train_dataset) % (size * world) or size * world
+            counts[-1] = min(max(new - self.args.process_index * size, 0), size)
+            # A process without a new sample computes a duplicate, whose share is 0.
+            batches[-1] = {key: value[: max(counts[-1], 1)] for key, value in batches[-1].items()}
+        total = sum(counts)
+        if world > 1:
+            total = self.accelerator.reduce(torch.tensor(float(total), device=device), "mean")
+        for batch, count in zip(batches, counts, strict=True):
+            batch["share"] = count / total
+        return batches, None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        share = inputs.pop("share", 1.0)  # evaluation has none
+        loss, outputs = self.mean_loss(model, inputs)
+        return (loss * share, outputs) if return_outputs else loss * share
+
+    def mean_loss(self, model, inputs):
+        """(mean loss of the samples of a micro-batch, outputs)."""
+        return super().compute_loss(model, inputs, return_outputs=True)
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        if not len(loader):
+            raise UserError(
+                f"--dataloader_drop_last: the {len(self.train_dataset)} training samples do not fill one batch of "
+                f"{self.args.train_batch_size} on each of {self.args.world_size} processes"
+            )
+        return loader
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Without --dataloader_drop_last, which is about training: every sample is evaluated."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def train(self, *args, **kwargs):
+        """Refuses a --metric_for_best_model that no evaluation will have."""
+        metric, metrics = self.args.metric_for_best_model, self.args.metrics
+        known = [*metrics, *(f"{name}_{config}" for name in metrics for config, _ in self.configs)]
+        if metric and metric.removeprefix("eval_") not in known:
+            raise UserError(f"--metric_for_best_model {metric}: allowed are {', '.join(known)}")
+        return super().train(*args, **kwargs)
+
+
+class ClassificationTrainer(StepMeanTrainer):
     """Trainer with random precision training, which also stops before a loss that is not finite is used.
 
     Args: random_widths: the widths to draw from, None to train at the bits that are set.
@@ -261,10 +340,14 @@ class ClassificationTrainer(ResumableTrainer):
         return loss
 
 
-def accuracy_metrics(prediction):
-    """compute_metrics: accuracy in percent with its Wilson interval."""
+def classification_metrics(prediction):
+    """compute_metrics: accuracy in percent with its Wilson interval, and the mean cross-entropy over the texts."""
     row = accuracy_row(np.argmax(prediction.predictions, -1) == prediction.label_ids)
-    return {"accuracy": row["accuracy"], "accuracy_low": row["interval"][0], "accuracy_high": row["interval"][1]}
+    low, high = row["interval"]
+    logits, labels = torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
+    # In place of the Trainer's own "loss", which weights the last batch like a full one.
+    loss = F.cross_entropy(logits.float(), labels.long()).item()
+    return {"accuracy": row["accuracy"], "accuracy_low": low, "accuracy_high": high, "loss": loss}
 
 
 def build_features(rows, tokenizer, max_length):
@@ -306,7 +389,9 @@ def plain_errors():
 
 def main():
     start = time.time()
-    model_args, data_args, training_args = parse_args(ModelArguments, TrainingTextArguments, TrainingArguments)
+    model_args, data_args, training_args = parse_args(
+        ModelArguments, TrainingTextArguments, ClassifierTrainingArguments
+    )
     setup_logging(training_args)
     check_args(model_args, training_args)
     settings = run_settings(model_args, data_args, training_args)
@@ -336,7 +421,7 @@ def main():
         eval_dataset=features.get("validation"),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=accuracy_metrics,
+        compute_metrics=classification_metrics,
         random_widths=widths,
     )
     metrics = run(trainer, folder, training_args, widths)
@@ -351,7 +436,7 @@ def main():
             steps=trainer.state.global_step,
             continues=folder.continues,
             random_precision_training=widths,
-            dtype="bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32",
+            dtype=training_args.run_dtype,
         )
         write_json_atomic(data_args.record_file or os.path.join(training_args.output_dir, "record.json"), record)
 

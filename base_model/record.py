@@ -15,6 +15,7 @@ import subprocess
 import sys
 
 import torch
+from torch import distributed
 
 from models.errors import UserError
 from models.user_input import read_json
@@ -137,7 +138,7 @@ def run_record(*, model, bit_config, metrics, data, seed, wall_seconds, **detail
             "cuda": torch.cuda.max_memory_allocated() if cuda else None,
         },
         "device": torch.cuda.get_device_name() if cuda else f"CPU {torch.backends.cpu.get_cpu_capability()}",
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": distributed.get_world_size() if distributed.is_initialized() else 1,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         **details,

@@ -134,6 +134,33 @@ def _first_answer_span(example_id: str, context: str, answers: dict) -> tuple[in
     return start, start + len(text.strip())
 
 
+def gold_labels(features, examples) -> np.ndarray:
+    """Start and end token of the first gold answer in each window, labelled as prepare_train_features does.
+
+    Args: features: of prepare_validation_features, in any order. examples: their Dataset or rows with id and answers.
+    Returns: (num_features, 2) int64.
+    """
+    spans = {}
+    for example_id, answers in zip(_column(examples, "id"), _column(examples, "answers"), strict=True):
+        text, start = answers["text"][0], answers["answer_start"][0]
+        start += len(text) - len(text.lstrip())
+        spans[example_id] = start, start + len(text.strip())
+    example_ids, bounds, char_starts, char_ends = _feature_offsets(features)
+    labels = np.full((len(example_ids), 2), NULL_POSITION)
+    for window, example_id in enumerate(example_ids):
+        tokens = slice(bounds[window], bounds[window + 1])
+        context = np.flatnonzero(char_starts[tokens] >= 0)  # without a gap
+        if not context.size:
+            continue
+        starts, ends = char_starts[tokens][context], char_ends[tokens][context]
+        char_start, char_end = spans[example_id]
+        if starts[0] <= char_start and ends[-1] >= char_end:
+            labels[window] = context[0] + np.array(
+                [np.searchsorted(ends, char_start, "right"), np.searchsorted(starts, char_end, "left") - 1]
+            )
+    return labels
+
+
 def postprocess_qa_predictions(
     examples, features, predictions, n_best_size: int = 20, max_answer_length: int = 30
 ) -> tuple[dict[str, str], dict[str, list[dict]]]:

@@ -147,7 +147,8 @@ def count_right(inputs, outputs):
     for side in ("start", "end"):
         logits = outputs[f"{side}_logits"].detach().masked_fill(padding, -torch.inf)
         right &= logits.argmax(-1) == inputs[f"{side}_positions"]
-    answered = inputs["end_positions"] > 0  # 0 is the label of a window without the answer
+    # 0 is the label of a window without the answer, and the share of a duplicate
+    answered = (inputs["end_positions"] > 0) & (inputs.get("share", 1.0) > 0)
     return torch.stack([(right & answered).sum(), answered.sum()])
 
 

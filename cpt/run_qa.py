@@ -26,7 +26,7 @@ import datasets
 import evaluate
 import transformers
 from datasets.fingerprint import Hasher
-from transformers import AutoTokenizer, DataCollatorWithPadding, TrainingArguments, set_seed
+from transformers import AutoTokenizer, DataCollatorWithPadding, set_seed
 from transformers.utils.versions import require_version
 
 import precision_range_test
@@ -49,6 +49,7 @@ from models.quantization import FLOAT_BITS, QUANTIZED_BITS
 from record import file_checksum, hide_tokens, json_checksum, relative_path, run_record, write_json_atomic
 from resuming import OutputFolder, input_checksums, run_settings, tokenizer_checksum
 from squad_data import load_qa_datasets
+from training_args import TrainingArguments
 from utils_qa import prepare_train_features, prepare_validation_features
 
 require_version("transformers>=5.23", "pip install -r requirements.txt")
@@ -534,7 +535,7 @@ def main():
             wall_seconds=time.time() - start,
             steps=trainer.state.global_step,
             continues=folder.continues,
-            dtype="bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32",
+            dtype=training_args.run_dtype,
             **training,
         )
         write_json_atomic(data_args.record_file or os.path.join(training_args.output_dir, "record.json"), record)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from models.bit_config import describe_bit_config, has_kv, short_name
-from trainer_qa import QuestionAnsweringTrainer
+from trainer_qa import QuestionAnsweringTrainer, qa_cross_entropy
 
 # ---- which configs
 
@@ -76,15 +76,6 @@ def bit_configs_for_step(
 # ---- losses
 
 
-def qa_cross_entropy(logits, positions, mask):
-    """Mean cross-entropy of start and end; padding is no class, so the loss does not depend on how a batch is padded.
-
-    Args: logits (2, batch, seq), positions (2, batch), mask (batch, seq) true on tokens.
-    """
-    logits = logits.float().masked_fill(~mask, torch.finfo(torch.float32).min)
-    return F.cross_entropy(logits.flatten(0, 1), positions.flatten())
-
-
 def qa_distillation_kl(student_start, student_end, teacher_start, teacher_end, mask, temperature=2.0):
     """T^2 * KL(teacher || student) at temperature T, mean of start and end and over the batch.
 
@@ -147,7 +138,7 @@ class AdaptiveLoRATrainer(QuestionAnsweringTrainer):
         super().__init__(*args, configs=configs, **kwargs)
         self.sampler, self.sequential = sampler, sequential
         self.distance, self.distill_weight = distance, distill_weight
-        self._logged = {}  # {config name: losses since the last log}
+        self._logged = {}  # {config name: [(loss x share, share) of every pass since the last log]}
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """All passes of one micro-batch, each sent backward at once: the memory is that of one pass.
@@ -157,7 +148,8 @@ class AdaptiveLoRATrainer(QuestionAnsweringTrainer):
         """
         net = self.accelerator.unwrap_model(model)
         net.train()
-        inputs, share = self._without_duplicates(self._prepare_inputs(inputs))
+        inputs = self._prepare_inputs(inputs)
+        share = inputs.pop("share", 1.0)
         positions = torch.stack([inputs.pop("start_positions"), inputs.pop("end_positions")])
         mask = inputs["attention_mask"].bool()
         configs = self.sampler(self.state.global_step, total_steps=self.state.max_steps)
@@ -184,7 +176,7 @@ class AdaptiveLoRATrainer(QuestionAnsweringTrainer):
             weight,
             teachers,
         ):
-            scaled = loss * (scale * share / self.current_gradient_accumulation_steps)
+            scaled = loss * (scale * share)
             self.accelerator.backward(scaled)  # before the next forward: checkpointing recomputes with these bits
             losses.append(scaled.detach())
         finite = torch.isfinite(torch.stack(losses)).all()  # one wait for the device, not one a pass
@@ -192,7 +184,7 @@ class AdaptiveLoRATrainer(QuestionAnsweringTrainer):
             if not finite:
                 net.set_bit_config(config)  # named in the message
                 self.stop_unless_finite(loss)
-            self._logged.setdefault(name, []).append(loss / scale * self.current_gradient_accumulation_steps)
+            self._logged.setdefault(name, []).append(torch.stack([loss / scale, torch.as_tensor(share).to(loss)]))
         net.set_bit_config(self.configs[0][1])  # what is saved opens at the highest precision
         if self.accelerator.sync_gradients and self.args.world_size > 1:
             self._average_gradients(net)
@@ -212,20 +204,6 @@ class AdaptiveLoRATrainer(QuestionAnsweringTrainer):
         passes = sum(len(configs) + len(self.teacher_names(configs[0][0])) for configs in steps)
         return passes * self.args.gradient_accumulation_steps
 
-    def _without_duplicates(self, inputs):
-        """(inputs, share): an epoch's last batch without the samples that fill it up, and its weight in the mean.
-
-        Accelerate hands every process a full batch; of the last ones only the first samples, in the order of the
-        ranks, are new. The share makes the average over the processes the mean over the new samples.
-        """
-        size, world, state = len(inputs["input_ids"]), self.args.world_size, self.accelerator.gradient_state
-        new = len(self.train_dataset) % (size * world)  # not state.remainder: a resumed epoch does not have it
-        last = state.end_of_dataloader and state.sync_gradients  # a whole accumulation window is fetched ahead
-        if world == 1 or not new or not last or self.args.dataloader_drop_last:
-            return inputs, 1.0
-        mine = min(max(new - self.args.process_index * size, 0), size)
-        return ({key: value[:mine] for key, value in inputs.items()} if mine else inputs), mine * world / new
-
     def _average_gradients(self, net):
         """Mean over the processes in one collective. Which gradients exist follows from the configs: same on all."""
         gradients = [p.grad for p in net.parameters() if p.grad is not None]
@@ -236,8 +214,9 @@ class AdaptiveLoRATrainer(QuestionAnsweringTrainer):
     def log(self, logs, start_time=None):
         """Adds the loss of each config, mean since the last log, over all processes."""
         if "loss" in logs and self._logged:
-            means = torch.stack([torch.stack(losses).mean() for losses in self._logged.values()])
-            means = self.accelerator.reduce(means, "mean").tolist()
+            sums = torch.stack([torch.stack(losses).sum(0) for losses in self._logged.values()])
+            sums = self.accelerator.reduce(sums, "mean")
+            means = (sums[:, 0] / sums[:, 1]).tolist()
             logs |= {f"loss_{name}": mean for name, mean in zip(self._logged, means, strict=True)}
             self._logged = {}
         super().log(logs, start_time)

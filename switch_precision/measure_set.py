@@ -6,15 +6,12 @@ The windows of a question lie in one chunk, so that a chunk's answers are final 
 
 import contextlib
 import functools
-from bisect import bisect_left, bisect_right
-from operator import itemgetter
 
-import numpy as np
 import torch
 
 from models.errors import UserError
 from run_qa import build_features, load_data, make_collator
-from utils_qa import NULL_POSITION, postprocess_qa_predictions
+from utils_qa import gold_labels, postprocess_qa_predictions
 
 
 def _log_probabilities(logits, mask):
@@ -39,27 +36,6 @@ def span_kl(reference, logits, context):
     """
     expected, found = _log_probabilities(reference, context), _log_probabilities(logits, context)
     return (expected.exp() * (expected - found)).masked_fill(~context, 0.0).sum(-1).mean(0)
-
-
-def gold_labels(features, examples):
-    """(windows, 2) start and end token of the first gold answer, labelled as `prepare_train_features` does.
-
-    Args: features: of prepare_validation_features. examples: rows with id and answers.
-    """
-    spans = {}
-    for example_id, answers in zip(examples["id"], examples["answers"], strict=True):
-        text, start = answers["text"][0], answers["answer_start"][0]
-        start += len(text) - len(text.lstrip())
-        spans[example_id] = start, start + len(text.strip())
-    labels = np.full((len(features), 2), NULL_POSITION)
-    for window, (example_id, offsets) in enumerate(zip(features["example_id"], features["offset_mapping"])):
-        tokens = [index for index, offset in enumerate(offsets) if offset is not None]
-        char_start, char_end = spans[example_id]
-        if tokens and offsets[tokens[0]][0] <= char_start and offsets[tokens[-1]][1] >= char_end:
-            bounds = tokens[0], tokens[-1] + 1
-            start = bisect_right(offsets, char_start, *bounds, key=itemgetter(1))
-            labels[window] = start, bisect_left(offsets, char_end, *bounds, key=itemgetter(0)) - 1
-    return labels
 
 
 class MeasureSet:

@@ -35,8 +35,11 @@ def windows(total, block_size, stride):
 
 
 @torch.no_grad()
-def perplexity(model, tokens, block_size, stride, batch_size=8, bf16=False):
-    """exp of the mean negative log-likelihood of tokens 1, 2, ... under the model's present bits. tokens: (total,)."""
+def perplexity(model, tokens, block_size, stride, batch_size=8, half=None):
+    """exp of the mean negative log-likelihood of tokens 1, 2, ... under the model's present bits.
+
+    Args: tokens: (total,). half: dtype of autocast, None for float32.
+    """
     model.eval()
     spans = list(windows(len(tokens), block_size, stride))  # all of one length: only a short text has one shorter
     loss = torch.zeros((), dtype=torch.float64, device=model.device)
@@ -47,19 +50,19 @@ def perplexity(model, tokens, block_size, stride, batch_size=8, bf16=False):
         labels = torch.full((len(batch), keep), -100)
         for row, (_, first, end) in zip(labels, batch, strict=True):
             row[first - end :] = tokens[first:end]
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(model.device.type, half, enabled=half is not None):
             logits = model(inputs, logits_to_keep=keep, use_cache=False).logits  # (batch, keep, vocabulary)
         loss += F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten().to(logits.device), reduction="sum")
     return math.exp(loss.item() / (len(tokens) - 1))
 
 
-def perplexity_of_configs(model, configs, tokens, block_size, stride, batch_size=8, bf16=False):
+def perplexity_of_configs(model, configs, tokens, block_size, stride, batch_size=8, half=None):
     """[{"config", "average_w_bits", "weight_mb", "perplexity", "seconds"}] of {name: resolved config}."""
     rows, shapes = [], model.layer_shapes()
     for name, config in configs.items():
         start, size = time.time(), describe_bit_config(config, shapes)
         with model.bit_config(config):
-            found = perplexity(model, tokens, block_size, stride, batch_size, bf16)
+            found = perplexity(model, tokens, block_size, stride, batch_size, half)
         row = {"config": name, "average_w_bits": size["average_w_bits"], "weight_mb": size["weight_bytes"] / 1e6}
         rows.append({**row, "perplexity": found, "seconds": round(time.time() - start, 2)})
         logger.info("%s: perplexity %.3f", name, found)

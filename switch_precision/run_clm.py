@@ -18,7 +18,7 @@ import os
 import time
 
 import torch
-from transformers import TrainingArguments, default_data_collator, set_seed
+from transformers import default_data_collator, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from adaptive_lora_trainer import bit_configs_for_step
@@ -28,7 +28,7 @@ from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2LMHeadModel
 from perplexity import perplexity_of_configs, read_tokens, table_lines
 from record import file_checksum, relative_path, run_record, write_json_atomic, write_text_atomic
-from resuming import OutputFolder, ResumableTrainer, input_checksums, run_settings
+from resuming import OutputFolder, input_checksums, run_settings
 from run_qa import (
     ModelArguments,
     ObjectiveArguments,
@@ -41,6 +41,8 @@ from run_qa import (
     target_configs,
 )
 from run_qa import check_args as check_training_args
+from trainer_qa import StepMeanTrainer
+from training_args import TrainingArguments
 
 
 @dataclasses.dataclass
@@ -64,6 +66,7 @@ def check_args(model_args, text_args, training_args):
     check_training_args(model_args, ObjectiveArguments(num_mixed_configs=text_args.num_mixed_configs), training_args)
     if training_args.do_predict or training_args.eval_strategy != "no":
         raise UserError("perplexity is measured once, by --do_eval: no --do_predict, no --eval_strategy")
+    training_args.refuse_full_eval()
     for flag, file in {"do_train": "train_file", "do_eval": "validation_file"}.items():
         if getattr(training_args, flag) and not getattr(text_args, file):
             raise UserError(f"--{flag} needs --{file}")
@@ -73,14 +76,12 @@ def check_args(model_args, text_args, training_args):
         raise UserError(f"--stride {text_args.stride}: 1 to --block_size {text_args.block_size}")
 
 
-class JointLMTrainer(ResumableTrainer):
+class JointLMTrainer(StepMeanTrainer):
     """One optimizer step on the mean loss of all configs of the step; each is sent backward at once.
 
     Args:
         sampler: step -> [(name, resolved config)]; resting: the config that checkpoints are saved with.
     """
-
-    loss_is_scaled_for_ga = False  # compute_loss returns a mean
 
     def __init__(self, *args, sampler, resting, **kwargs):
         super().__init__(*args, **kwargs)
@@ -102,8 +103,9 @@ class JointLMTrainer(ResumableTrainer):
         net.set_bit_config(self.resting)
         return torch.stack(losses).sum()
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return super().compute_loss(model, {**inputs, "use_cache": False}) / self.passes
+    def mean_loss(self, model, inputs):
+        loss, output = super().mean_loss(model, {**inputs, "use_cache": False})
+        return loss / self.passes, output
 
 
 def blocks(tokens, block_size):
@@ -184,7 +186,8 @@ def main():
     if training_args.do_eval:
         batch_size, net = training_args.per_device_eval_batch_size, trainer.accelerator.unwrap_model(trainer.model)
         text = texts["validation"]
-        rows = perplexity_of_configs(net, configs, text, block_size, stride, batch_size, training_args.bf16)
+        half = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
+        rows = perplexity_of_configs(net, configs, text, block_size, stride, batch_size, half)
         metrics |= {f"eval_perplexity_{row['config']}": row["perplexity"] for row in rows}
         lines = table_lines(rows)
         print(*lines, sep="\n", flush=True)
@@ -198,7 +201,7 @@ def main():
         wall_seconds=time.time() - start,
         steps=trainer.state.global_step,
         continues=folder.continues,
-        dtype="bf16" if training_args.bf16 else "fp32",
+        dtype=training_args.run_dtype,
         bit_configs={"trained": dict(targets), "evaluated": configs if rows else {}},
         text={"unit": "tokens", "block_size": block_size, "stride": stride},
         rows=rows,

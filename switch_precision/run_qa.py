@@ -29,7 +29,6 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     SchedulerType,
-    TrainingArguments,
     set_seed,
 )
 from transformers.utils.versions import require_version
@@ -54,6 +53,7 @@ from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
 from record import file_checksum, hide_tokens, json_checksum, relative_path, run_record, write_json_atomic
 from resuming import OutputFolder, input_checksums, run_settings, tokenizer_checksum
 from squad_data import load_qa_datasets
+from training_args import TrainingArguments
 from utils_qa import prepare_train_features, prepare_validation_features
 
 require_version("transformers>=5.23", "pip install -r requirements.txt")
@@ -534,7 +534,7 @@ def main():
             wall_seconds=time.time() - start,
             steps=trainer.state.global_step,
             continues=folder.continues,
-            dtype="bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32",
+            dtype=training_args.run_dtype,
             bit_widths=None if model_args.bit_configs else model_args.bit_widths,
             bit_configs={name: {**describe_bit_config(config, shapes), "layers": config} for name, config in targets},
             objective=dataclasses.asdict(objective_args) if training_args.do_train else None,

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Evaluate one checkpoint under any number of bit-width configs: one model load, one tokenization, one table.
 
-    python run_qa_eval.py --model_name_or_path results/train --dataset_name squad --output_dir results/eval \\
-        --do_eval --bit_configs 8 4 W4A8KV8 ../configs/hybrid_25pct_4bit.json
+    python run_qa_eval.py --model_name_or_path results/train --dataset_name squad --output_dir results/eval
+    python run_qa_eval.py ... --bit_configs 8 4 W4A8KV8 ../configs/hybrid_25pct_4bit.json
 
 Without --bit_configs: every width that the checkpoint was trained for, highest first. In --output_dir: table.md,
 record.json (the run with all rows), and a folder per config with its record and predictions, written as it finishes.
@@ -19,7 +19,7 @@ import re
 import time
 
 from accelerate.utils import broadcast_object_list
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 from eval_setup import (
     CheckpointArguments,
@@ -55,6 +55,7 @@ from run_qa import (
     setup_logging,
 )
 from trainer_qa import QuestionAnsweringTrainer
+from training_args import TrainingArguments
 from utils_qa import squad_em_f1_per_example
 
 logger = logging.getLogger("run_qa_eval")
@@ -93,9 +94,7 @@ class Evaluator:
         self.features = build_features(
             self.examples, "validation", self.sources["validation"], tokenizer, data_args, training_args, positions
         )
-        half = [name for name in ("bf16", "fp16") if getattr(training_args, name)]
-        full_half = [name for name in ("bf16_full_eval", "fp16_full_eval") if getattr(training_args, name)]
-        self.dtype = "+".join(full_half + half) or "fp32"
+        self.dtype = training_args.run_dtype
         names = ("max_seq_length", "doc_stride", "question_separator", "max_answer_length", "n_best_size")
         self.identity = {  # what the answers depend on, besides the config
             "model_sha256": model_checksum(model),

@@ -19,7 +19,7 @@ import os
 import time
 
 import numpy as np
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 from assignment import BUDGETS, Problem, random_choice, read_sensitivity, refine, resources, solve, total
 from block_reuse import ReusedForward
@@ -31,6 +31,7 @@ from plots import draw_pareto
 from record import relative_path, run_record, write_json_atomic, write_text_atomic
 from run_qa import load_tokenizer, option, parse_args, plain_errors, setup_logging
 from run_qa_eval import EvalDataArguments, Evaluator, table_lines
+from training_args import TrainingArguments
 
 logger = logging.getLogger("search")
 HYBRID = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "configs", "hybrid_25pct_4bit.json")
@@ -144,6 +145,7 @@ def main():
     main_budget = check_args(args)
     if training_args.world_size > 1:
         raise UserError(f"the search is one process, not {training_args.world_size}: --nproc_per_node=1")
+    training_args.refuse_full_eval()
     set_seed(training_args.seed)
     if not os.path.isfile(args.sensitivity_file):
         read_sensitivity(args.sensitivity_file, "")
@@ -222,6 +224,7 @@ def main():
         data=evaluator.sources,
         seed=training_args.seed,
         wall_seconds=time.time() - start,
+        dtype=training_args.run_dtype,
         score=args.score,
         sensitivity_file=relative_path(args.sensitivity_file),
         measure_split=args.measure_split,

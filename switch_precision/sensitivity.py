@@ -20,7 +20,7 @@ import time
 
 import numpy as np
 from tqdm.auto import tqdm
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 from block_reuse import ReusedForward, block_of
 from eval_setup import (
@@ -46,6 +46,7 @@ from run_qa import (
     plain_errors,
     setup_logging,
 )
+from training_args import TrainingArguments
 from utils_qa import squad_em_f1_per_example
 
 logger = logging.getLogger("sensitivity")
@@ -184,6 +185,7 @@ def main():
     setup_logging(training_args)
     if training_args.world_size > 1:
         raise UserError(f"the sweep is one process, not {training_args.world_size}: --nproc_per_node=1")
+    training_args.refuse_full_eval()
     set_seed(training_args.seed)
     tokenizer = load_tokenizer(model_args)
     model = load_model(model_args, tokenizer).to(training_args.device)
@@ -205,7 +207,7 @@ def main():
         "batches": [training_args.eval_batch_size, model_args.chunk_batches, len(measure_set.batches)],
         "features": [data_args.max_seq_length, data_args.doc_stride, data_args.question_separator],
         "max_answer_length": data_args.max_answer_length,
-        "dtype": "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32",
+        "dtype": training_args.run_dtype,
         "execution": model_args.execution,
         "attention": model.config._attn_implementation,
     }

@@ -1,24 +1,108 @@
 # Copied from base_model/trainer_qa.py
 """The Trainer of all question-answering experiments: span post-processing, EM/F1 on every rank, exact resume.
 
-Training itself is Hugging Face's Trainer. Added: evaluate/predict turn logits into text and score it on every rank (so
-that `--metric_for_best_model f1` works under torchrun), and a loss that is not finite stops the run before the
-optimizer uses it.
+Training itself is Hugging Face's Trainer. Added: the loss of an optimizer step is the mean over its windows, however
+they are split into batches and over processes; evaluate/predict turn logits into text and score it on every rank (so
+that `--metric_for_best_model f1` works under torchrun); a loss that is not finite stops the run before the optimizer
+uses it.
 """
 
+import itertools
 import os
 import time
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint, speed_metrics
 
 from models.bit_config import short_name
+from models.errors import UserError
 from record import write_json_atomic
 from resuming import ResumableTrainer
-from utils_qa import postprocess_qa_predictions
+from utils_qa import gold_labels, postprocess_qa_predictions
 
 
-class QuestionAnsweringTrainer(ResumableTrainer):
+def qa_cross_entropy(logits, positions, mask):
+    """Mean cross-entropy of start and end; padding is no class, so the loss does not depend on how a batch is padded.
+
+    Args: logits (2, batch, seq), positions (2, batch), mask (batch, seq) true on tokens.
+    """
+    logits = logits.float().masked_fill(~mask, torch.finfo(torch.float32).min)
+    return F.cross_entropy(logits.flatten(0, 1), positions.flatten())
+
+
+class StepMeanTrainer(ResumableTrainer):
+    """Trainer whose optimizer step descends the mean loss of its samples: all micro-batches, all processes, each once.
+
+    So N processes with batch b do what one does with batch N b, and k accumulated batches what one of k times the size
+    does, at the ragged end of an epoch too. Losses and gradients are averaged over the processes, as DDP does.
+    """
+
+    loss_is_scaled_for_ga = True  # by the share of a micro-batch
+    configs = ()
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of an optimizer step, each with its "share": its part of the samples of the step, times
+        the processes.
+
+        Accelerate hands every process full batches. Those that end an epoch it fills up with duplicates: of the last
+        ones only the first samples, in the order of the ranks, are new.
+        """
+        batches = [dict(batch) for batch in itertools.islice(epoch_iterator, num_batches)]
+        counts, world = [len(batch["input_ids"]) for batch in batches], self.args.world_size
+        complete = self.args.dataloader_drop_last or self.args.train_sampling_strategy == "batch_rebalance"
+        if batches and world > 1 and not complete and self.accelerator.gradient_state.end_of_dataloader:
+            size = counts[-1]
+            # Not gradient_state.remainder: a resumed epoch does not have it.
+            new = len(self.train_dataset) % (size * world) or size * world
+            counts[-1] = min(max(new - self.args.process_index * size, 0), size)
+            # A process without a new sample computes a duplicate, whose share is 0.
+            batches[-1] = {key: value[: max(counts[-1], 1)] for key, value in batches[-1].items()}
+        total = sum(counts)
+        if world > 1:
+            total = self.accelerator.reduce(torch.tensor(float(total), device=device), "mean")
+        for batch, count in zip(batches, counts, strict=True):
+            batch["share"] = count / total
+        return batches, None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        share = inputs.pop("share", 1.0)  # evaluation has none
+        loss, outputs = self.mean_loss(model, inputs)
+        return (loss * share, outputs) if return_outputs else loss * share
+
+    def mean_loss(self, model, inputs):
+        """(mean loss of the samples of a micro-batch, outputs)."""
+        return super().compute_loss(model, inputs, return_outputs=True)
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        if not len(loader):
+            raise UserError(
+                f"--dataloader_drop_last: the {len(self.train_dataset)} training samples do not fill one batch of "
+                f"{self.args.train_batch_size} on each of {self.args.world_size} processes"
+            )
+        return loader
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Without --dataloader_drop_last, which is about training: every sample is evaluated."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def train(self, *args, **kwargs):
+        """Refuses a --metric_for_best_model that no evaluation will have."""
+        metric, metrics = self.args.metric_for_best_model, self.args.metrics
+        known = [*metrics, *(f"{name}_{config}" for name in metrics for config, _ in self.configs)]
+        if metric and metric.removeprefix("eval_") not in known:
+            raise UserError(f"--metric_for_best_model {metric}: allowed are {', '.join(known)}")
+        return super().train(*args, **kwargs)
+
+
+class QuestionAnsweringTrainer(StepMeanTrainer):
     """Trainer whose evaluation set is (examples, features), as `utils_qa` makes them.
 
     Args:
@@ -28,12 +112,17 @@ class QuestionAnsweringTrainer(ResumableTrainer):
         configs: [(name, config)] that `evaluate` scores; without any, the model as it is.
     """
 
-    loss_is_scaled_for_ga = False  # the model returns the mean of its batch
-
     def __init__(self, *args, eval_examples=None, n_best_size=20, max_answer_length=30, configs=(), **kwargs):
         super().__init__(*args, **kwargs)
         self.eval_examples, self.configs = eval_examples, configs
         self.n_best_size, self.max_answer_length = n_best_size, max_answer_length
+        self._labelled = None, None  # features of an evaluation and their labels
+
+    def mean_loss(self, model, inputs):
+        positions = torch.stack([inputs.pop("start_positions"), inputs.pop("end_positions")])
+        output = model(**inputs)
+        logits = torch.stack([output["start_logits"], output["end_logits"]])
+        return qa_cross_entropy(logits, positions, inputs["attention_mask"].bool()), output
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -57,17 +146,19 @@ class QuestionAnsweringTrainer(ResumableTrainer):
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, eval_examples=None, ignore_keys=None, metric_key_prefix="eval"):
-        """EM/F1 of `eval_dataset` (features) on every rank; rank 0 writes `<prefix>_predictions.json` and n-best.
+        """EM/F1 and loss of `eval_dataset` (features) on every rank; rank 0 writes `<prefix>_predictions.json` and
+        n-best. The loss is that of training, on the first gold answers, mean over the windows.
 
-        With configs: EM/F1 of each (`eval_f1_W8A8KV8`) and their means (`eval_f1`); predictions in a file per config.
+        With configs: those of each (`eval_f1_W8A8KV8`) and their means (`eval_f1`); predictions in a file per config.
         """
         features = self.eval_dataset if eval_dataset is None else eval_dataset
         examples = self.eval_examples if eval_examples is None else eval_examples
         start, scores = time.time(), {}
 
         def score(prefix):
-            texts, _ = self._predict_texts(features, examples, ignore_keys, prefix)
-            return self._score(texts, examples, metric_key_prefix)
+            texts, output = self._predict_texts(features, examples, ignore_keys, prefix)
+            loss = self._loss(output.predictions, features, examples)
+            return self._score(texts, examples, metric_key_prefix) | {f"{metric_key_prefix}_loss": loss}
 
         for name, config in self.configs:
             with self.accelerator.unwrap_model(self.model).bit_config(config):
@@ -103,6 +194,14 @@ class QuestionAnsweringTrainer(ResumableTrainer):
             write_json_atomic(os.path.join(self.args.output_dir, f"{prefix}_predictions.json"), texts)
             write_json_atomic(os.path.join(self.args.output_dir, f"{prefix}_nbest_predictions.json"), nbest)
         return texts, output
+
+    def _loss(self, predictions, features, examples):
+        """The training loss of (start logits, end logits), each (windows, seq) as `evaluation_loop` returns them."""
+        if self._labelled[0] is not features:
+            self._labelled = features, gold_labels(features, examples)
+        logits, positions = torch.from_numpy(np.stack(predictions)), torch.from_numpy(self._labelled[1].T)
+        mask = torch.arange(logits.shape[-1]) < torch.tensor(features["length"])[:, None]
+        return qa_cross_entropy(logits, positions, mask).item()
 
     def _score(self, predictions, examples, prefix):
         references = {row["id"]: row["answers"]["text"] for row in examples}

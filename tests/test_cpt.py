@@ -19,6 +19,7 @@ import matplotlib.image
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import HfArgumentParser
 
 from conftest import ROOT, experiment
 
@@ -633,7 +634,7 @@ def test_joint_row_costs_the_sum_of_its_passes(flags, cost, runs, run, tmp_path,
     shutil.copy(runs / "cpt_1" / "record.json", runs / "joint")
     settings = {"max_steps": 77}
     for group in (switch_run_qa.ModelArguments, switch_run_qa.ObjectiveArguments):
-        parser = switch_run_qa.HfArgumentParser(group)
+        parser = HfArgumentParser(group)
         settings |= dataclasses.asdict(
             parser.parse_args_into_dataclasses(list(flags), return_remaining_strings=True)[0]
         )
@@ -781,7 +782,7 @@ def test_range_test_counts_on_all_processes(argv, tmp_path):
     [
         (("--bit_widths", 4), "the lowest and the highest width"),
         (("--bit_widths", 4, 6, 8), "the lowest and the highest width"),
-        (("--bit_widths", 4, 9), "2 to 8, or twice 16 or 32"),
+        (("--bit_widths", 4, 9), "--bit_widths 4 9: 9 is not a bit-width"),
         (("--bit_widths", 8, 32), "2 to 8, or twice 16 or 32"),
         (("--bit_widths", 8, 4), "the lowest width comes first"),
         (("--num_cyclic_period", 5), "--num_cyclic_period 5: allowed is 1 to --max_steps 4"),
@@ -789,8 +790,8 @@ def test_range_test_counts_on_all_processes(argv, tmp_path):
         (("--max_steps", -1), "--max_steps is missing"),
         (("--period", "ceil"), "--period ceil: allowed are real, floor"),
         (("--cycle", "w", "g"), "--cycle w g: allowed are w, a, kv"),
-        (("--fixed_bits", 9), "--fixed_bits 9: allowed are 2 to 8, 16 or 32"),
-        (("--eval_bit_widths", 4, 12), "--eval_bit_widths 4 12: allowed are"),
+        (("--fixed_bits", 9), "--fixed_bits 9: 9 is not a bit-width, allowed are 2 to 8, 16 or 32"),
+        (("--eval_bit_widths", 4, 12), "--eval_bit_widths 4 12: 12 is not a bit-width"),
         (("--gradient_bits", 1), "--gradient_bits 1: allowed are 2 to 16, or 32"),
         (("--gradient_bits", 24), "--gradient_bits 24: allowed are 2 to 16, or 32"),
         (("--precision_range_test", "--range_test_window", 51), "2 to half of --range_test_steps 100"),

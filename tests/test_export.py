@@ -231,7 +231,7 @@ def test_changed_answers_are_counted():
     [
         ((), "--output_dir is missing"),
         (("--output_dir", "OUT", "--embeddings", "int8"), "--embeddings int8: allowed are float32, float16"),
-        (("--output_dir", "OUT", "--max_eval_samples", "0"), "--max_eval_samples 0: must be at least 1"),
+        (("--output_dir", "OUT", "--max_eval_samples", "0"), "--max_eval_samples 0: must be a number above 0"),
         (
             ("--output_dir", "OUT", "--head", "QuantGPT2LMHeadModel", "--dataset_name", "squad"),
             "answers are compared for question answering",

@@ -205,7 +205,7 @@ def test_a_json_file_says_what_the_command_line_says(prefix, monkeypatch, tmp_pa
         ({"max_seq_length": 96.5}, ["max_seq_length", "96.5"]),
         ({"do_eval": "perhaps"}, ["do_eval", "perhaps"]),
         ({"lora_r": True}, ["lora_r", "true"]),
-        ('{"learning_rate": NaN}', ["learning_rate", "nan"]),
+        ('{"learning_rate": NaN}', ["NaN is no number"]),
         ('{"lora_r": 8, "lora_r": 4}', ["duplicate key", "lora_r"]),
         ('{"lora_r": ' + "9" * 5000 + "}", ["not valid JSON"]),
         ('{"lora_r": ' + "[" * 100_000, ["nested too deeply"]),

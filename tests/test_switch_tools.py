@@ -220,19 +220,22 @@ def test_other_weights_are_evaluated_anew(run, count, tiny_model, tmp_path):
         ("scale_attn_by_inverse_layer_idx", True),
     ],
 )
-def test_what_changes_the_answers_is_evaluated_anew(key, value, run, swept, count, bank, tmp_path):
-    other = tmp_path / "other"
+def test_what_changes_the_answers_is_evaluated_anew(key, value, run, swept, count, bank, tiny_model, tmp_path):
+    other, base = tmp_path / "other", tmp_path / "base"
     shutil.copytree(bank, other)
+    shutil.copytree(tiny_model, base)
     predictions = count(run_qa_eval.QuestionAnsweringTrainer, "predict")
     run(run_qa_eval, "--bit_configs", "8", model=str(other))
     run(run_qa_eval, "--bit_configs", "8", model=bank)
     assert len(predictions) == 1, "the same model elsewhere"
-    config = read(other / "config.json")
-    (other / "config.json").write_text(json.dumps(config | {key: value}))
-    run(run_qa_eval, "--bit_configs", "8", model=str(other))
+    for folder in (other, base) if key != "lora_alpha" else (other,):
+        config = read(folder / "config.json")
+        (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    moved = ("--base_model_name_or_path", str(base))
+    run(run_qa_eval, "--bit_configs", "8", *moved, model=str(other))
     assert len(predictions) == 2
     with pytest.raises(ValueError, match="swept a checkpoint with checksum"):
-        run(search, "--sensitivity_file", swept, "--average_bits", "6", model=str(other))
+        run(search, "--sensitivity_file", swept, "--average_bits", "6", *moved, model=str(other))
 
 
 def test_other_data_flags_and_tokenizer_are_evaluated_anew(run, count, squad_files, tmp_path):

@@ -90,6 +90,11 @@ class QuantLinear(nn.Module):
             return None
         return "shared" if "shared" in self.lora_A else str(self.w_bits)
 
+    @property
+    def can_train(self):
+        """Whether the weight may change under the optimizer: its codes are then not kept."""
+        return self.weight is not None and self.weight.requires_grad
+
     # ---- codes of the weight
 
     def quantized_weight(self):
@@ -105,7 +110,7 @@ class QuantLinear(nn.Module):
     def _stored(self, w_bits):
         if self.weight is not None:
             state = (id(self.weight), self.weight.data_ptr(), self.weight._version)
-            if state != self._quantized_from or self.weight.requires_grad:
+            if state != self._quantized_from or self.can_train:
                 self._quantized, self._quantized_from = {}, state
         if w_bits in self._quantized:
             return self._quantized[w_bits]
@@ -113,7 +118,7 @@ class QuantLinear(nn.Module):
             raise UserError(f"w_bits = {w_bits}: only codes of {sorted(self._quantized)} bits are kept")
         codes, scale = quantize(self.weight, w_bits)
         stored = (pack_int4(codes) if w_bits <= PACKED_BITS else codes), scale
-        if not self.weight.requires_grad:
+        if not self.can_train:
             self._quantized[w_bits] = stored
         return stored
 
@@ -165,7 +170,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x):
         """x: (..., in) -> (..., out)."""
-        if self.weight is not None and self.weight.requires_grad:
+        if self.can_train:
             self.clear_quantized()  # codes of a time when it was frozen
         shape = (*x.shape[:-1], self.out_features)
         x = x.reshape(-1, self.in_features)  # (tokens, in)
@@ -187,7 +192,7 @@ class QuantLinear(nn.Module):
             if self.weight is None:
                 self._stored(self.w_bits)  # raises
             return F.linear(fake_quantize(x, self.a_bits), self.weight, self.bias)
-        if self.weight is not None and self.weight.requires_grad and torch.is_grad_enabled():
+        if self.can_train and torch.is_grad_enabled():
             return F.linear(fake_quantize(x, self.a_bits), fake_quantize(self.weight, self.w_bits), self.bias)
         product = integer_linear if self._on_integers(x) else None
         return frozen_linear(x, *self.quantized_weight(), self.bias, self.a_bits, product, self.backward_dtype)
@@ -226,7 +231,8 @@ class PiecewiseMLP(nn.Module):
     def forward(self, x):
         """x: (batch, seq, hidden) -> the same shape."""
         # A weight that can train is quantized in every call: once for all tokens, not once a piece.
-        if torch.is_grad_enabled() or x.is_cuda or getattr(self.c_fc.weight, "requires_grad", False):
+        trains = isinstance(self.c_fc, QuantLinear) and self.c_fc.can_train
+        if torch.is_grad_enabled() or x.is_cuda or trains:
             return self._forward(x)
         return torch.cat([self._forward(piece) for piece in x.flatten(0, -2).split(ROWS)]).view(x.shape)
 
