@@ -31,13 +31,16 @@ class TrainingArguments(transformers.TrainingArguments):
         keeps = self.load_best_model_at_end or self.save_strategy == "best"
         if self.metric_for_best_model is None and (follows or keeps):
             self.metric_for_best_model = self.metrics[0]
+        name = (self.metric_for_best_model or self.metrics[0]).removeprefix("eval_")
+        if self.metric_for_best_model and self.greater_is_better is None:
+            self.greater_is_better = not name.startswith("loss")  # that of a config too: loss_W4A4KV4
         super().__post_init__()
-        if keeps and (self.eval_strategy == "no" or 0 < self.max_steps < (self.eval_steps or 0)):
+        too_late = self.eval_strategy == "steps" and 0 < self.max_steps < self.eval_steps
+        if keeps and (self.eval_strategy == "no" or too_late):
             raise UserError(
                 "--load_best_model_at_end and --save_strategy best choose among evaluations, and there is none before "
                 "the end: pass --eval_strategy steps and --eval_steps, or --eval_strategy epoch"
             )
-        name = (self.metric_for_best_model or self.metrics[0]).removeprefix("eval_")
         if not any(name == metric or name.startswith(f"{metric}_") for metric in self.metrics):
             allowed = ", ".join(self.metrics)
             raise UserError(f"--metric_for_best_model {self.metric_for_best_model}: allowed are {allowed}")
@@ -49,7 +52,7 @@ class TrainingArguments(transformers.TrainingArguments):
                 other = flag.replace("fp16", "bf16")
                 raise UserError(f"--{flag}: a CPU does not compute in fp16; pass --{other}, or neither for float32")
         if (started := int(os.environ.get("WORLD_SIZE", "1"))) != self.world_size:
-            raise UserError(f"{started} processes were started, but on this device each would be a run of its own")
+            raise UserError(f"{started} process(es) were started, but this run has {self.world_size}")
 
     def __reduce_ex__(self, protocol):
         """Saved as transformers' own class: training_args.bin of a checkpoint opens without this file."""
