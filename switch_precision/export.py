@@ -17,7 +17,6 @@ import time
 
 import torch
 from accelerate import PartialState
-from transformers import TrainingArguments
 
 from eval_setup import CheckpointArguments, load_model, resolve_configs, trained_configs
 from models.errors import UserError
@@ -30,6 +29,7 @@ from models.modeling_gpt2_quant import (
 from record import relative_path, run_record, write_json_atomic
 from run_qa import load_tokenizer, option, parse_args, plain_errors, setup_logging
 from run_qa_eval import EvalDataArguments, Evaluator
+from training_args import TrainingArguments
 
 HEADS = {
     head.__name__: head

@@ -439,7 +439,7 @@ def test_accuracy_counts_windows_with_an_answer(run, monkeypatch, tmp_path):
 RANGE = ("--precision_range_test", "--bit_widths", 4, 5, "--range_test_steps", 8, "--range_test_window", 2)
 
 
-MEMORIZE = ("--max_train_samples", 8, "--learning_rate", "1e-2", "--range_test_steps", 40, "--range_test_window", 8)
+MEMORIZE = ("--max_train_samples", 8, "--learning_rate", "1e-2", "--range_test_steps", 30, "--range_test_window", 8)
 
 
 def with_weights(tiny_model, folder, outlier):
@@ -467,7 +467,7 @@ def test_range_test_finds_the_lowest_width_that_can_learn(outlier, min_bits, run
     assert record["metrics"]["min_bits"] == found["min_bits"] == min_bits and found["clear"]
     # 2 and 3 bits have the same weights: the same start, batches and optimizer give the same accuracies
     assert found["accuracies"][0] == found["accuracies"][1] and found["start_accuracies"][0] == [0.0]
-    assert [row["last"] == 1 for row in found["rows"]] == [not outlier, not outlier, True, True]
+    assert [row["last"] > 0.9 for row in found["rows"]] == [not outlier, not outlier, True, True]
     printed = capsys.readouterr().out
     assert f"min_bits = {min_bits}: the lowest width with at least 0.6" in printed and "not clear" not in printed
 
@@ -552,9 +552,9 @@ def test_default_widths_are_those_trained(run, evaluate, tmp_path):
 def test_evaluation_alone(run, tmp_path):
     trained = run()["metrics"]
     again = run(out="again", model=tmp_path / "out", train=False)
-    assert {key: again["metrics"][key] for key in trained if "_W" in key} == {
-        key: value for key, value in trained.items() if "_W" in key
-    }
+    for key, value in trained.items():
+        if "_W" in key:  # on integers now: sums agree to rounding
+            assert again["metrics"][key] == (pytest.approx(value, rel=1e-2) if "loss" in key else value)
     assert "cyclic" not in again and again["bit_config"]["name"] == "W8A8KV8"
 
 
