@@ -87,7 +87,7 @@ class RangeTestTrainer(CyclicPrecisionTrainer):
             logits = outputs[f"{side}_logits"].detach().masked_fill(padding, -torch.inf)
             right &= logits.argmax(-1) == inputs[f"{side}_positions"]
         # 0 is the label of a window without the answer, and the share of a duplicate
-        answered = (inputs["end_positions"] > 0) & (inputs["share"] > 0)
+        answered = (inputs["end_positions"] > 0) & (inputs.get("share", 1.0) > 0)
         counts = torch.stack([(right & answered).sum(), answered.sum()])
         step = self.state.global_step
         self._counts[step] = self._counts.get(step, 0) + counts

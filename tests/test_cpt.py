@@ -493,9 +493,9 @@ def test_default_widths_are_those_trained(run, evaluate, tmp_path):
 def test_evaluation_alone(run, tmp_path):
     trained = run()["metrics"]
     again = run(out="again", model=tmp_path / "out", train=False)
-    assert {key: again["metrics"][key] for key in trained if "_W" in key} == {
-        key: value for key, value in trained.items() if "_W" in key
-    }
+    for key, value in trained.items():
+        if "_W" in key:  # on integers now: sums agree to rounding
+            assert again["metrics"][key] == (pytest.approx(value, rel=1e-2) if "loss" in key else value)
     assert "cyclic" not in again and again["bit_config"]["name"] == "W8A8KV8"
 
 
