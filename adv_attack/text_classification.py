@@ -255,6 +255,11 @@ class StepMeanTrainer(ResumableTrainer):
     loss_is_scaled_for_ga = True  # by the share of a micro-batch
     configs = ()
 
+    def __init__(self, *, model, args, **kwargs):
+        if len(model.config.lora_bank or ()) > 1:
+            args.ddp_find_unused_parameters = True  # of the adapters a step uses some; checkpointing turns it off
+        super().__init__(model=model, args=args, **kwargs)
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of an optimizer step, each with its "share": its part of the samples of the step, times
         the processes.
@@ -412,8 +417,6 @@ def main():
     if training_args.do_train:
         folder.start(**input_checksums(model, tokenizer, sources))
     widths = model_args.bit_widths if model_args.random_precision_training else None
-    if widths and training_args.do_train:
-        training_args.ddp_find_unused_parameters = True  # the other widths' adapters get no gradient in a step
     trainer = ClassificationTrainer(
         model=model,
         args=training_args,

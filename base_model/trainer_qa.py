@@ -41,6 +41,11 @@ class StepMeanTrainer(ResumableTrainer):
     loss_is_scaled_for_ga = True  # by the share of a micro-batch
     configs = ()
 
+    def __init__(self, *, model, args, **kwargs):
+        if len(model.config.lora_bank or ()) > 1:
+            args.ddp_find_unused_parameters = True  # of the adapters a step uses some; checkpointing turns it off
+        super().__init__(model=model, args=args, **kwargs)
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of an optimizer step, each with its "share": its part of the samples of the step, times
         the processes.
@@ -111,8 +116,8 @@ class QuestionAnsweringTrainer(StepMeanTrainer):
         configs: [(name, config)] that `evaluate` scores; without any, the model as it is.
     """
 
-    def __init__(self, *args, eval_examples=None, n_best_size=20, max_answer_length=30, configs=(), **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *, eval_examples=None, n_best_size=20, max_answer_length=30, configs=(), **kwargs):
+        super().__init__(**kwargs)
         self.eval_examples, self.configs = eval_examples, configs
         self.n_best_size, self.max_answer_length = n_best_size, max_answer_length
         self._labelled = None, None  # features of an evaluation and their labels
@@ -199,7 +204,7 @@ class QuestionAnsweringTrainer(StepMeanTrainer):
         if self._labelled[0] is not features:
             self._labelled = features, gold_labels(features, examples)
         logits, positions = torch.from_numpy(np.stack(predictions)), torch.from_numpy(self._labelled[1].T)
-        mask = torch.arange(logits.shape[-1]) < torch.tensor(features["length"])[:, None]
+        mask = torch.arange(logits.shape[-1]) < torch.tensor(features["length"][:])[:, None]
         return qa_cross_entropy(logits, positions, mask).item()
 
     def _score(self, predictions, examples, prefix):

@@ -549,3 +549,27 @@ def test_topics_are_the_same_every_time_and_share_no_name(tmp_path):
         " ".join(row["text"].split()[:2]) for row in test if not row["text"].startswith(("This", "Here", "The", "A f"))
     ]
     assert first and not any(name in seen for name in first)
+
+
+def test_evaluation_sees_the_weights_that_the_fused_optimizer_left(text_files, tiny_model, tmp_path):
+    flags = [*SMALL, *text_files, "--model_name_or_path", tiny_model, "--output_dir", tmp_path, "--do_train"]
+    flags += ["--bit_widths", "4", "--train_all_weights", "--eval_on_start", "True", "--eval_strategy", "steps"]
+    call(
+        text_classification, *flags, "--do_eval", "--eval_steps", "20", "--max_steps", "20", "--learning_rate", "3e-3"
+    )
+    history = read(tmp_path / "trainer_state.json")["log_history"]
+    before, after = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    metrics = read(tmp_path / "record.json")["metrics"]
+    assert after < before and metrics["eval_loss"] == pytest.approx(after, rel=1e-6)
+    evaluation = [
+        *SMALL,
+        *text_files,
+        "--model_name_or_path",
+        tmp_path,
+        "--output_dir",
+        tmp_path / "again",
+        "--do_eval",
+    ]
+    call(text_classification, *evaluation)
+    again = read(tmp_path / "again" / "record.json")["metrics"]
+    assert again["eval_loss"] == pytest.approx(after, rel=1e-4)

@@ -236,7 +236,7 @@ def test_run_clm_refuses(words, message, tiny_model, text_files, tmp_path, monke
 
 def test_loss_that_is_not_finite_stops(tiny_model, text_files, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        run_clm.ResumableTrainer, "compute_loss", lambda *args, **kwargs: torch.tensor(torch.nan, requires_grad=True)
+        run_clm.StepMeanTrainer, "compute_loss", lambda *args, **kwargs: torch.tensor(torch.nan, requires_grad=True)
     )
     words = ["--model_name_or_path", tiny_model, "--train_file", text_files[0], "--do_train"]
     message = error_of(monkeypatch, run_clm, *words, "--output_dir", tmp_path / "run", *TRAIN)

@@ -162,6 +162,14 @@ def test_flags_from_one_json_file(run, tmp_path, tiny_model, squad_files, monkey
     assert json.loads((tmp_path / "out" / "record.json").read_text())["bit_config"]["name"] == "W8A8KV8"
 
 
+def test_evaluation_of_a_stock_model_quantizes_its_weights_once(tiny_model):
+    model_args = run_qa.ModelArguments(tiny_model, bit_config="W4A8KV8")
+    model = run_qa.build_model(model_args, False, run_qa.load_tokenizer(model_args))
+    with torch.no_grad():
+        model(torch.arange(8)[None])
+    assert all(list(layer.stored_codes()) == [4] for layer in model.quant_layers().values())
+
+
 # ---- resume and output folders
 
 STEPS = ("--bit_widths", "4", "--max_steps", "4", "--save_steps", "2", "--save_strategy", "steps")
