@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 import gbda
-from attack_setup import model_checksum, tokenizer_checksum
 from classifier import accuracy_row, encode, hidden_states, pad_right, predict
+from common.checksums import model_checksum, tokenizer_checksum
+from common.record import differences, load_state
 from models.errors import UserError
-from record import differences, load_state
 from text_data import check_labels
 from whitebox_attack import RESULT_FILE
 

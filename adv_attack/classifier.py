@@ -3,7 +3,8 @@
 import torch
 from scipy.stats import binomtest
 
-from record import file_checksum, json_checksum, relative_path
+from common.checksums import file_checksum, json_checksum
+from common.record import relative_path
 from text_data import load_texts
 
 

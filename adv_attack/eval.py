@@ -16,16 +16,14 @@ import time
 import types
 
 from adversarial_texts import accuracies, check_bits, correct_table, load_attacks, text_quality
-from attack_setup import (
-    ClassifierArguments,
-    load_classifier,
-    load_reference,
-    markdown_table,
-    resolve_configs,
-)
+from attack_setup import ClassifierArguments, load_classifier, load_reference
+from common.arguments import option
+from common.flags import parse_args
+from common.loading import load_tokenizer, resolve_configs
+from common.record import relative_path, run_record, write_json_atomic, write_text_atomic
+from common.script import plain_errors, setup_logging
+from common.statistics import markdown_table
 from models.errors import UserError
-from record import relative_path, run_record, write_json_atomic, write_text_atomic
-from text_classification import load_tokenizer, option, parse_args, plain_errors, setup_logging
 
 CAPTION = (
     "accuracy in percent [Wilson 95 %]; all: every input counts, and one that is wrong without attack counts as "

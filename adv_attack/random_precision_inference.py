@@ -23,18 +23,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from adversarial_texts import check_bits, correct_table, load_attacks
-from attack_setup import (
-    ClassifierArguments,
-    load_classifier,
-    markdown_table,
-    mcnemar,
-    resolve_configs,
-)
+from attack_setup import ClassifierArguments, load_classifier
 from classifier import accuracy_row
+from common.arguments import option
+from common.flags import parse_args
+from common.loading import load_tokenizer, resolve_configs
+from common.record import atomic_path, relative_path, run_record, write_json_atomic, write_text_atomic
+from common.script import plain_errors, setup_logging
+from common.statistics import markdown_table, mcnemar
 from models.bitsandbytes_ptq import LABELS, METHODS, quantize_with_bitsandbytes
 from models.errors import UserError
-from record import atomic_path, relative_path, run_record, write_json_atomic, write_text_atomic
-from text_classification import load_tokenizer, option, parse_args, plain_errors, setup_logging
 
 CLEAN, INITIAL = "no attack", "initial Theta"
 FULL_PRECISION = "W32A32KV32"

@@ -27,18 +27,16 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 import gbda
-from attack_setup import (
-    ClassifierArguments,
-    load_classifier,
-    load_reference,
-    model_checksum,
-    resolve_configs,
-    tokenizer_checksum,
-)
+from attack_setup import ClassifierArguments, load_classifier, load_reference
 from classifier import encode, hidden_states, last_position_logits, load_rows, pad_right
+from common.arguments import option
+from common.checksums import json_checksum, model_checksum, tokenizer_checksum
+from common.flags import parse_args
+from common.loading import load_tokenizer, resolve_configs
+from common.record import differences, read_state, relative_path, run_record, write_state
+from common.script import plain_errors, setup_logging
 from models.errors import UserError
-from record import differences, json_checksum, read_state, relative_path, run_record, write_state
-from text_classification import TextArguments, load_tokenizer, option, parse_args, plain_errors, setup_logging
+from text_classification import TextArguments
 from text_data import check_labels
 
 logger = logging.getLogger("whitebox_attack")

@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+from common.record import command_line, relative_path, run_record, write_json_atomic
 from cyclic_precision_trainer import training_cost
 from models.errors import UserError
 from models.user_input import read_json
-from record import command_line, relative_path, run_record, write_json_atomic
 
 LABELS = {
     "static4": "static, 4 bits",

@@ -12,8 +12,8 @@ import os
 import matplotlib
 import torch
 
+from common.record import atomic_path, write_json_atomic
 from models.modeling_gpt2_quant import QuantLinear
-from record import atomic_path, write_json_atomic
 from trainer_qa import QuestionAnsweringTrainer
 
 matplotlib.use("Agg")

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-# Copied from switch_precision/eval.sh
 # EM/F1 of a checkpoint on SQuAD v1.1 under any number of bit-width configs: one load, one table (run_qa_eval.py).
 #   bash eval.sh                                          every uniform width of what train.sh wrote
 #   BIT_CONFIG=../configs/hybrid_25pct_4bit.json bash eval.sh

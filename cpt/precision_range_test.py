@@ -23,8 +23,8 @@ import torch
 from transformers import set_seed
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
+from common.record import atomic_path, write_json_atomic
 from cyclic_precision_trainer import CyclicPrecisionTrainer
-from record import atomic_path, write_json_atomic
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -1,5 +1,4 @@
 #!/usr/bin/env python
-# Copied from switch_precision/run_qa_eval.py
 """Evaluate one checkpoint under any number of bit-width configs: one model load, one tokenization, one table.
 
     python run_qa_eval.py --model_name_or_path results/train --dataset_name squad --output_dir results/eval
@@ -22,41 +21,19 @@ import time
 from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
-from eval_setup import (
-    CheckpointArguments,
-    data_identity,
-    load_model,
-    model_checksum,
-    resolve_configs,
-    tokenizer_checksum,
-    trained_configs,
-)
-from eval_stats import compare, markdown_table, with_interval
+from common.arguments import CheckpointArguments, DataTrainingArguments, option
+from common.checksums import data_identity, file_checksum, model_checksum, tokenizer_checksum
+from common.data import build_features, load_data, make_collator, make_metric
+from common.flags import parse_args
+from common.loading import load_model, load_tokenizer, resolve_configs, trained_configs
+from common.record import read_state, relative_path, run_record, write_json_atomic, write_state, write_text_atomic
+from common.script import plain_errors, setup_logging
+from common.statistics import compare, markdown_table, with_interval
+from common.training_args import TrainingArguments
 from models.bit_config import describe_bit_config
 from models.errors import UserError
-from record import (
-    file_checksum,
-    read_state,
-    relative_path,
-    run_record,
-    write_json_atomic,
-    write_state,
-    write_text_atomic,
-)
-from run_qa import (
-    DataTrainingArguments,
-    build_features,
-    load_data,
-    load_tokenizer,
-    make_collator,
-    make_metric,
-    option,
-    parse_args,
-    plain_errors,
-    setup_logging,
-)
+from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
 from trainer_qa import QuestionAnsweringTrainer
-from training_args import TrainingArguments
 from utils_qa import squad_em_f1_per_example
 
 logger = logging.getLogger("run_qa_eval")
@@ -238,7 +215,7 @@ def main():
         raise UserError("--do_train, --do_predict: this script only evaluates; run_qa.py trains and predicts")
     set_seed(training_args.seed)
     tokenizer = load_tokenizer(model_args)
-    model = load_model(model_args, tokenizer)
+    model = load_model(QuantGPT2ForQuestionAnswering, model_args, tokenizer)
     asked = model_args.bit_configs or trained_configs(model)
     first = model_args.reference_config or asked[0]
     configs = resolve_configs(model, [first, *asked])

@@ -1,4 +1,3 @@
-# Copied from base_model/trainer_qa.py
 """The Trainer of all question-answering experiments: span post-processing, EM/F1 on every rank, exact resume.
 
 Training itself is Hugging Face's Trainer. Added: the loss of an optimizer step is the mean over its windows, however
@@ -7,7 +6,7 @@ that `--metric_for_best_model f1` works under torchrun); a loss that is not fini
 uses it.
 """
 
-import itertools
+import logging
 import os
 import time
 
@@ -16,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint, speed_metrics
 
+from common.record import write_json_atomic
+from common.trainer import StepMeanTrainer
 from models.bit_config import short_name
-from models.errors import UserError
-from record import write_json_atomic
-from resuming import ResumableTrainer
 from utils_qa import gold_labels, postprocess_qa_predictions
+
+logger = logging.getLogger(__name__)
 
 
 def qa_cross_entropy(logits, positions, mask):
@@ -30,81 +30,6 @@ def qa_cross_entropy(logits, positions, mask):
     """
     logits = logits.float().masked_fill(~mask, torch.finfo(torch.float32).min)
     return F.cross_entropy(logits.flatten(0, 1), positions.flatten())
-
-
-class StepMeanTrainer(ResumableTrainer):
-    """Trainer whose optimizer step descends the mean loss of its samples: all micro-batches, all processes, each once.
-
-    So N processes with batch b do what one does with batch N b, and k accumulated batches what one of k times the size
-    does, at the ragged end of an epoch too. Losses and gradients are averaged over the processes, as DDP does.
-    """
-
-    loss_is_scaled_for_ga = True  # by the share of a micro-batch
-    configs = ()
-
-    def __init__(self, *, model, args, **kwargs):
-        if len(model.config.lora_bank or ()) > 1:
-            args.ddp_find_unused_parameters = True  # of the adapters a step uses some; checkpointing turns it off
-        super().__init__(model=model, args=args, **kwargs)
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of an optimizer step, each with its "share": its part of the samples of the step, times
-        the processes.
-
-        Accelerate hands every process full batches. Those that end an epoch it fills up with duplicates: of the last
-        ones only the first samples, in the order of the ranks, are new.
-        """
-        batches = [dict(batch) for batch in itertools.islice(epoch_iterator, num_batches)]
-        counts, world = [len(batch["input_ids"]) for batch in batches], self.args.world_size
-        complete = self.args.dataloader_drop_last or self.args.train_sampling_strategy == "batch_rebalance"
-        if batches and world > 1 and not complete and self.accelerator.gradient_state.end_of_dataloader:
-            size = counts[-1]
-            # Not gradient_state.remainder: a resumed epoch does not have it.
-            new = len(self.train_dataset) % (size * world) or size * world
-            counts[-1] = min(max(new - self.args.process_index * size, 0), size)
-            # A process without a new sample computes a duplicate, whose share is 0.
-            batches[-1] = {key: value[: max(counts[-1], 1)] for key, value in batches[-1].items()}
-        total = sum(counts)
-        if world > 1:
-            total = self.accelerator.reduce(torch.tensor(float(total), device=device), "mean")
-        for batch, count in zip(batches, counts, strict=True):
-            batch["share"] = count / total
-        return batches, None
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = dict(inputs)
-        share = inputs.pop("share", 1.0)  # evaluation has none
-        loss, outputs = self.mean_loss(model, inputs)
-        return (loss * share, outputs) if return_outputs else loss * share
-
-    def mean_loss(self, model, inputs):
-        """(mean loss of the samples of a micro-batch, outputs)."""
-        return super().compute_loss(model, inputs, return_outputs=True)
-
-    def get_train_dataloader(self):
-        loader = super().get_train_dataloader()
-        if not len(loader):
-            raise UserError(
-                f"--dataloader_drop_last: the {len(self.train_dataset)} training samples do not fill one batch of "
-                f"{self.args.train_batch_size} on each of {self.args.world_size} processes"
-            )
-        return loader
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        """Without --dataloader_drop_last, which is about training: every sample is evaluated."""
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.args.dataloader_drop_last = drop_last
-
-    def train(self, *args, **kwargs):
-        """Refuses a --metric_for_best_model that no evaluation will have."""
-        metric, metrics = self.args.metric_for_best_model, self.args.metrics
-        known = [*metrics, *(f"{name}_{config}" for name in metrics for config, _ in self.configs)]
-        if metric and metric.removeprefix("eval_") not in known:
-            raise UserError(f"--metric_for_best_model {metric}: allowed are {', '.join(known)}")
-        return super().train(*args, **kwargs)
 
 
 class QuestionAnsweringTrainer(StepMeanTrainer):
@@ -181,6 +106,28 @@ class QuestionAnsweringTrainer(StepMeanTrainer):
         predictions, _ = self._predict_texts(predict_dataset, predict_examples, ignore_keys, metric_key_prefix)
         has_answers = all(answers["text"] for answers in predict_examples["answers"])
         return predictions, self._score(predictions, predict_examples, metric_key_prefix) if has_answers else {}
+
+    def run(self, folder, examples, features):
+        """Train, evaluate, predict as the arguments ask for; returns all metrics. folder: of `OutputFolder`."""
+        args, metrics = self.args, {}
+        if args.do_train:
+            batch, accumulated, processes = args.train_batch_size, args.gradient_accumulation_steps, args.world_size
+            logger.info(
+                f"batch: {batch} a process x {accumulated} accumulated x {processes} processes = "
+                f"{batch * accumulated * processes} windows a step"
+            )
+            metrics |= self.train_or_load(folder)
+        if args.do_eval:
+            metrics |= self._logged_scores("eval", self.evaluate())
+        if args.do_predict:
+            _, scores = self.predict(features["test"], examples["test"], metric_key_prefix="predict")
+            metrics |= self._logged_scores("predict", scores)
+        return metrics
+
+    def _logged_scores(self, prefix, scores):
+        self.log_metrics(prefix, scores)
+        self.save_metrics(prefix, scores)
+        return scores
 
     def _predict_texts(self, features, examples, ignore_keys, prefix):
         output = self.evaluation_loop(

@@ -1,4 +1,3 @@
-# Copied from base_model/utils_qa.py
 """Extractive question answering on SQuAD v1.1: build token windows, turn logits into text, score EM/F1.
 
 In the order of a run: prepare_train_features or prepare_validation_features (for `Dataset.map(batched=True)`) -> the

@@ -14,7 +14,7 @@ from pathlib import Path
 from report import NOTICE, write_into
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "base_model"))
-from record import run_record, write_json_atomic  # noqa: E402
+from common.record import run_record, write_json_atomic  # noqa: E402
 
 BITS = ("W8A8KV8", "W4A4KV4")
 METHODS = {

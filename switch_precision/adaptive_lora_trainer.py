@@ -5,73 +5,10 @@ Sources: InstantNet (arXiv 2104.10853) Eq. 1 for cascade distillation; the publi
 `sequential`; universally slimmable networks (arXiv 1903.05134) for the sandwich, highest and lowest in every step.
 """
 
-import random
-
 import torch
 import torch.nn.functional as F
 
-from models.bit_config import describe_bit_config, has_kv, short_name
 from trainer_qa import QuestionAnsweringTrainer, qa_cross_entropy
-
-# ---- which configs
-
-
-def assignment(layers, widths):
-    """(name, resolved config) with W = A = KV = the layer's own width."""
-    config = {layer: {"w_bits": width, "a_bits": width} for layer, width in zip(layers, widths, strict=True)}
-    for layer in filter(has_kv, config):
-        config[layer]["kv_bits"] = config[layer]["w_bits"]
-    return short_name(config), config
-
-
-def uniform_configs(layers, bit_widths):
-    """[(name, resolved config)] of every width, highest first."""
-    return [assignment(layers, [width] * len(layers)) for width in sorted(bit_widths, reverse=True)]
-
-
-def bit_configs_for_step(
-    step, seed, layers, bit_widths, num_mixed_configs=1, *, objective="joint", total_steps=None, curriculum=0.0,
-    sample_widths=0, explicit=None, teacher=False,
-):  # fmt: skip
-    """The configs that optimizer step `step` trains, in the order of their passes.
-
-    A function of its arguments alone: all processes draw the same, and so does a resumed run.
-    joint: the highest width; `num_mixed_configs` random per-layer assignments and `sample_widths` random widths from
-    between, by average weight bits; the lowest width. random: one draw, with even odds a uniform width or (unless
-    `num_mixed_configs` is 0) a per-layer assignment. sequential: one width after the other, each for an equal share
-    of `total_steps`.
-
-    Args:
-        layers: {name: (out, in)}, as `model.layer_shapes()`.
-        bit_widths: the widths to choose from; curriculum: lower ones join evenly over this fraction of `total_steps`.
-        explicit: [(name, resolved config)], highest first: takes the place of the uniform and the mixed configs.
-        teacher: a full-precision pass comes first.
-    Returns:
-        [(name, resolved config), ...], highest precision first.
-    """
-    rng = random.Random(f"{seed}-{step}")
-    targets = explicit or uniform_configs(layers, bit_widths)
-    if objective == "sequential":
-        return [targets[min(step * len(targets) // total_steps, len(targets) - 1)]]
-    if curriculum > 0:
-        targets = targets[: 1 + int(step * (len(targets) - 1) / (curriculum * total_steps) + 1e-9)]
-    widths = sorted(bit_widths, reverse=True)[: len(targets)]
-
-    def mixed():
-        return "mixed", assignment(layers, [rng.choice(widths) for _ in layers])[1]
-
-    if objective == "random":
-        use_mixed = not explicit and len(widths) > 1 and num_mixed_configs > 0 and rng.random() < 0.5
-        passes = [mixed() if use_mixed else rng.choice(targets)]
-    elif explicit or len(targets) == 1:
-        passes = targets
-    else:
-        between = rng.sample(targets[1:-1], min(sample_widths, len(targets) - 2))
-        between += [mixed() for _ in range(num_mixed_configs)]
-        between.sort(key=lambda pair: -describe_bit_config(pair[1], layers)["average_w_bits"])
-        passes = [targets[0], *between, targets[-1]]
-    return uniform_configs(layers, [32]) * teacher + passes
-
 
 # ---- losses
 

@@ -1,4 +1,3 @@
-# Copied from base_model/common.sh
 # Functions of the shell scripts beside this file, which source it: what the user appends to a script wins.
 appended=("$@")
 

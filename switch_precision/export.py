@@ -18,7 +18,12 @@ import time
 import torch
 from accelerate import PartialState
 
-from eval_setup import CheckpointArguments, load_model, resolve_configs, trained_configs
+from common.arguments import CheckpointArguments, option
+from common.flags import parse_args
+from common.loading import load_model, load_tokenizer, resolve_configs, trained_configs
+from common.record import relative_path, run_record, write_json_atomic
+from common.script import plain_errors, setup_logging
+from common.training_args import TrainingArguments
 from models.errors import UserError
 from models.exported import PARTS, save_exported, served_widths
 from models.modeling_gpt2_quant import (
@@ -26,10 +31,7 @@ from models.modeling_gpt2_quant import (
     QuantGPT2ForSequenceClassification,
     QuantGPT2LMHeadModel,
 )
-from record import relative_path, run_record, write_json_atomic
-from run_qa import load_tokenizer, option, parse_args, plain_errors, setup_logging
 from run_qa_eval import EvalDataArguments, Evaluator
-from training_args import TrainingArguments
 
 HEADS = {
     head.__name__: head
@@ -122,7 +124,7 @@ def main():
     check_args(args, data_args)
     source = args.model_name_or_path
     tokenizer = load_tokenizer(args)
-    model = load_model(args, tokenizer, HEADS[args.head])
+    model = load_model(HEADS[args.head], args, tokenizer)
     if model.config.exported_widths:
         raise UserError(f"{args.model_name_or_path} is exported already: export from the checkpoint of the training")
     texts = args.bit_configs or trained_configs(model)
@@ -143,7 +145,7 @@ def main():
     if before:
         del model
         args = dataclasses.replace(args, model_name_or_path=args.output_dir, base_model_name_or_path=None)
-        exported = load_model(args, tokenizer, HEADS[args.head])
+        exported = load_model(HEADS[args.head], args, tokenizer)
         changes = compare_answers(before, answers(exported, tokenizer, args, data_args, configs))
         for name, change in changes.items():
             em = " to ".join(f"{value:.2f}" for value in change["exact_match"])

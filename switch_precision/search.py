@@ -21,17 +21,21 @@ import time
 import numpy as np
 from transformers import set_seed
 
-from assignment import BUDGETS, Problem, random_choice, read_sensitivity, refine, resources, solve, total
-from block_reuse import ReusedForward
-from eval_setup import CheckpointArguments, load_model, model_checksum, resolve_configs
-from measure_set import autocast_of, load_measure_set, span_kl, span_nll
+from allocation.assignment import BUDGETS, Problem, random_choice, read_sensitivity, refine, resources, solve, total
+from allocation.block_reuse import ReusedForward
+from allocation.measure_set import autocast_of, load_measure_set, span_kl, span_nll
+from allocation.plots import draw_pareto
+from common.arguments import CheckpointArguments, option
+from common.checksums import model_checksum
+from common.flags import parse_args
+from common.loading import load_model, load_tokenizer, resolve_configs
+from common.record import relative_path, run_record, write_json_atomic, write_text_atomic
+from common.script import plain_errors, setup_logging
+from common.training_args import TrainingArguments
 from models.bit_config import describe_bit_config
 from models.errors import UserError
-from plots import draw_pareto
-from record import relative_path, run_record, write_json_atomic, write_text_atomic
-from run_qa import load_tokenizer, option, parse_args, plain_errors, setup_logging
+from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
 from run_qa_eval import EvalDataArguments, Evaluator, table_lines
-from training_args import TrainingArguments
 
 logger = logging.getLogger("search")
 HYBRID = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "configs", "hybrid_25pct_4bit.json")
@@ -150,7 +154,7 @@ def main():
     if not os.path.isfile(args.sensitivity_file):
         read_sensitivity(args.sensitivity_file, "")
     tokenizer = load_tokenizer(args)
-    model = load_model(args, tokenizer).to(training_args.device)
+    model = load_model(QuantGPT2ForQuestionAnswering, args, tokenizer).to(training_args.device)
     problem = Problem(
         read_sensitivity(args.sensitivity_file, model_checksum(model)), model, args.bit_widths, args.score
     )

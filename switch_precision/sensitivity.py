@@ -22,31 +22,21 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import set_seed
 
-from block_reuse import ReusedForward, block_of
-from eval_setup import (
-    CheckpointArguments,
-    data_identity,
-    load_model,
-    model_checksum,
-    resolve_configs,
-    tokenizer_checksum,
-)
-from eval_stats import compare, markdown_table, with_interval
-from gradient_scores import MEASURES, SCORES, correlations, gradient_scores
-from measure_set import autocast_of, load_measure_set, span_kl, span_nll
+from allocation.block_reuse import ReusedForward, block_of
+from allocation.gradient_scores import MEASURES, SCORES, correlations, gradient_scores
+from allocation.measure_set import autocast_of, load_measure_set, span_kl, span_nll
+from allocation.plots import TYPES, draw_heat_map
+from common.arguments import CheckpointArguments, DataTrainingArguments, option
+from common.checksums import data_identity, model_checksum, tokenizer_checksum
+from common.flags import parse_args
+from common.loading import load_model, load_tokenizer, resolve_configs
+from common.record import differences, read_state, relative_path, run_record, write_state
+from common.script import plain_errors, setup_logging
+from common.statistics import compare, markdown_table, with_interval
+from common.training_args import TrainingArguments
 from models.bit_config import describe_bit_config
 from models.errors import UserError
-from plots import TYPES, draw_heat_map
-from record import differences, read_state, relative_path, run_record, write_state
-from run_qa import (
-    DataTrainingArguments,
-    load_tokenizer,
-    option,
-    parse_args,
-    plain_errors,
-    setup_logging,
-)
-from training_args import TrainingArguments
+from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
 from utils_qa import squad_em_f1_per_example
 
 logger = logging.getLogger("sensitivity")
@@ -188,7 +178,7 @@ def main():
     training_args.refuse_full_eval()
     set_seed(training_args.seed)
     tokenizer = load_tokenizer(model_args)
-    model = load_model(model_args, tokenizer).to(training_args.device)
+    model = load_model(QuantGPT2ForQuestionAnswering, model_args, tokenizer).to(training_args.device)
     (name, reference), *others = resolve_configs(model, [model_args.reference_config, *model_args.low_bits]).items()
     lows = dict(others)
     flips = make_flips(reference, lows)

@@ -22,7 +22,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "base_model"))
-from record import run_record, write_json_atomic  # noqa: E402
+from common.record import run_record, write_json_atomic  # noqa: E402
 
 TAIL = 2000  # characters of a stage's output in the summary
 FINITE = """

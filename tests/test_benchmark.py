@@ -17,8 +17,9 @@ from transformers import GPT2ForQuestionAnswering
 from conftest import ROOT, experiment
 
 with experiment("switch_precision"):
-    import benchmark
     import peers
+
+    import benchmark
     from models.bit_config import describe_bit_config
     from models.exported import save_exported, served_widths
     from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering

@@ -182,7 +182,7 @@ def test_code_in_a_checkpoint_is_never_run(copies):
         auto = {"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}
         tokens.write_text(json.dumps(json.loads(tokens.read_text()) | auto))
         assert opens_or_user_error(folder) is None
-        from run_qa import load_tokenizer
+        from common.loading import load_tokenizer
 
         load_tokenizer(arguments(folder))
 
@@ -200,9 +200,11 @@ def arguments(folder, **changes):
 def test_lora_flags_unlike_the_adapters_are_refused(folder, pristine):
     with experiment(folder):
         if folder == "adv_attack":
-            from text_classification import ModelArguments, load_tokenizer, open_model
+            from common.loading import load_tokenizer, open_model
+            from text_classification import ModelArguments
         else:
-            from run_qa import ModelArguments, load_tokenizer, open_model
+            from common.loading import load_tokenizer, open_model
+            from run_qa import ModelArguments
         from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering as Model
     assert (ModelArguments().lora_r, ModelArguments().lora_alpha) == (None, None)
     tokenizer = load_tokenizer(arguments(pristine["adapters"]))
@@ -216,7 +218,7 @@ def test_lora_flags_unlike_the_adapters_are_refused(folder, pristine):
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "tokenizer.json"])
 def test_faulty_files_beside_the_tokenizer_are_one_error(file, copies):
-    from run_qa import load_tokenizer
+    from common.loading import load_tokenizer
 
     for content in ("{", '{"n_layer": "x"}', "[]", '{"model": {"type": "BPE"}}', '{"tokenizer_class": 5}'):
         (copies["full"] / file).write_text(content)

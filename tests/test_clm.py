@@ -18,9 +18,10 @@ with experiment("switch_precision"):
     import generate
     import perplexity
     import run_clm
-    from models.modeling_gpt2_quant import QuantGPT2LMHeadModel
     from perplexity import read_tokens
-    from run_qa import plain_errors
+
+    from common.script import plain_errors
+    from models.modeling_gpt2_quant import QuantGPT2LMHeadModel
 
 TRAIN = ["--block_size", "32", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--max_steps", "4"]
 TRAIN += ["--use_cpu", "True", "--disable_tqdm", "True", "--seed", "3", "--save_strategy", "no"]

@@ -113,8 +113,8 @@ def test_language_model_keeps_its_tied_head(tiny_model, tmp_path):
 def test_an_exported_checkpoint_is_evaluated_but_not_trained(folder, model, tiny_model, tmp_path):
     export(model, tmp_path, 8)
     with experiment(folder):
+        from common.loading import load_tokenizer, open_model
         from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering as Model
-        from run_qa import load_tokenizer, open_model
     hub = dict.fromkeys(("cache_dir", "token", "attn_implementation", "base_model_name_or_path"))
     args = SimpleNamespace(model_name_or_path=tmp_path, tokenizer_name=tiny_model, model_revision="main", **hub)
     tokenizer = load_tokenizer(args)

@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT, experiment
 
 with experiment("base_model"):
-    import flags
     import run_qa
+    from common import flags
 
 FOLDERS = ("base_model", "switch_precision", "cpt", "adv_attack")
 SCRIPTS = sorted(

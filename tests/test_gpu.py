@@ -8,7 +8,7 @@ from transformers import GPT2LMHeadModel
 
 from conftest import experiment
 from models.exported import save_exported, served_widths
-from models.integer import int_mm, integer_linear, is_supported
+from models.fast.integer import int_mm, integer_linear, is_supported
 from models.kv_cache import QuantizedKVCache
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering, QuantGPT2LMHeadModel, QuantLinear
 from models.quantization import fake_quantize, quantize

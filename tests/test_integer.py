@@ -4,14 +4,14 @@ import itertools
 import logging
 import shutil
 
+import models.integer as integer
+import models.kernels as kernels
 import pytest
 import torch
 import torch.nn.functional as F
 
-import models.integer as integer
-import models.kernels as kernels
 import models.modeling_gpt2_quant as modeling
-from models.integer import integer_linear, pack_int4, unpack_int4
+from models.fast.integer import integer_linear, pack_int4, unpack_int4
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering, QuantLinear, TanhGELU
 from models.quantization import quantize
 from test_modeling import C_ATTN, C_FC, MLP_PROJ, batch, loss_of, tiny_config

@@ -8,8 +8,8 @@ import sys
 import pytest
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
+from common.squad_data import load_squad_json
 from conftest import experiment
-from squad_data import load_squad_json
 
 with experiment("quickstart"):
     import make_model

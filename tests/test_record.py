@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-import record
+from common import record
 from conftest import experiment
 from models.errors import UserError
 

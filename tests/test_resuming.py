@@ -14,9 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import record
-import resuming
 import run_qa
+from common import record, resuming
 from conftest import ROOT, experiment, tiny_squad
 
 with experiment("adv_attack"):

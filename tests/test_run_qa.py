@@ -15,12 +15,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-import resuming
 import run_qa
 import run_qa_eval
-import squad_data
+from common import resuming, squad_data
+from common.record import load_state, write_state
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
-from record import load_state, write_state
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

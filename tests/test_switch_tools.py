@@ -22,18 +22,15 @@ import run_qa as base_run_qa
 from conftest import ROOT, experiment, save_tiny_tokenizer
 
 with experiment("switch_precision"):
-    import assignment
-    import block_reuse
-    import eval_stats
-    import gradient_scores
-    import measure_set
     import run_qa_eval
     import search
     import sensitivity
-    from models import integer as integer_products
+    from allocation import assignment, block_reuse, gradient_scores, measure_set
+    from common import statistics as eval_stats
+    from common.record import write_state
     from models.bit_config import describe_bit_config
+    from models.fast import integer as integer_products
     from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
-    from record import write_state
     from utils_qa import prepare_train_features, prepare_validation_features
 
 DATA = ["--max_seq_length", "48", "--doc_stride", "8", "--per_device_eval_batch_size", "4"]

@@ -11,9 +11,9 @@ import torch
 import transformers
 
 import run_qa
+from common.training_args import TrainingArguments
 from conftest import experiment
 from models.errors import UserError
-from training_args import TrainingArguments
 from utils_qa import prepare_train_features
 
 with experiment("adv_attack"):

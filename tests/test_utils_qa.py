@@ -15,10 +15,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import squad_data
+from common import squad_data
+from common.record import write_json_atomic
+from common.squad_data import SQUAD_FEATURES, load_qa_datasets, load_squad_json
 from models.errors import UserError
-from record import write_json_atomic
-from squad_data import SQUAD_FEATURES, load_qa_datasets, load_squad_json
 from utils_qa import (
     NULL_POSITION,
     postprocess_qa_predictions,

@@ -1,4 +1,3 @@
-# Copied from base_model/models/checkpoint.py
 """Checkpoints on disk: the config class, reading and checking them, writing them.
 
 Nothing is built from a file before it is checked: config.json key by key, its sizes against the shapes that the
@@ -25,7 +24,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from .bit_config import ALLOWED_BITS, SHORT_FORM, resolve_bit_config
 from .errors import UserError
-from .integer import PACKED_BITS, unpack_int4
+from .fast.integer import PACKED_BITS, unpack_int4
 from .quantization import QUANTIZED_BITS
 from .user_input import read_json
 

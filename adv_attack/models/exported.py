@@ -1,4 +1,3 @@
-# Copied from base_model/models/exported.py
 """The deployable form of a model: packed integer codes of the widths that are served, no float linear weights.
 
 In `model.safetensors`: `<layer>.codes.<bits>` (int8, up to 4 bits two a byte) and `<layer>.scale.<bits>` (float32)

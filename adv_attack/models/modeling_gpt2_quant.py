@@ -1,4 +1,3 @@
-# Copied from base_model/models/modeling_gpt2_quant.py
 """GPT-2 with a bit-width per linear layer and a bank of LoRA adapters keyed by bit-width.
 
 The upstream classes are subclassed and the four linears of each block (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj)
@@ -21,12 +20,12 @@ from transformers import GPT2ForQuestionAnswering, GPT2ForSequenceClassification
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from . import attention, kernels
 from .bit_config import has_kv, resolve_bit_config
 from .checkpoint import FLOAT_DTYPES, RULES, QuantGPT2Config, is_base, open_base, open_checkpoint, refuse, saving
 from .errors import UserError
 from .exported import served_widths, take_codes
-from .integer import PACKED_BITS, ROWS, integer_linear, is_supported, pack_int4, unpack_int4
+from .fast import attention, kernels
+from .fast.integer import PACKED_BITS, ROWS, integer_linear, is_supported, pack_int4, unpack_int4
 from .quantization import (
     FLOAT_BITS,
     QUANTIZED_BITS,

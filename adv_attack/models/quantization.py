@@ -1,4 +1,3 @@
-# Copied from base_model/models/quantization.py
 """Symmetric MinMax quantization and the linear product on quantized operands.
 
 One rule serves weights (one scale per output channel), activations and K/V (one scale per token), because all of

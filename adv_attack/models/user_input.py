@@ -1,4 +1,3 @@
-# Copied from base_model/models/user_input.py
 """Reading what a user wrote: JSON, and values as a message shows them."""
 
 import json

@@ -10,7 +10,7 @@ import re
 from fnmatch import fnmatchcase
 
 from .errors import UserError
-from .integer import PACKED_BITS
+from .fast.integer import PACKED_BITS
 from .quantization import FLOAT_BITS, QUANTIZED_BITS
 from .user_input import read_json, show
 

@@ -24,7 +24,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from .bit_config import ALLOWED_BITS, SHORT_FORM, resolve_bit_config
 from .errors import UserError
-from .integer import PACKED_BITS, unpack_int4
+from .fast.integer import PACKED_BITS, unpack_int4
 from .quantization import QUANTIZED_BITS
 from .user_input import read_json
 

@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from .errors import UserError
-from .integer import PACKED_BITS
+from .fast.integer import PACKED_BITS
 from .quantization import FLOAT_BITS, dequantize
 
 

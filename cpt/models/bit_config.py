@@ -1,4 +1,3 @@
-# Copied from base_model/models/bit_config.py
 """Per-layer bit-width configs: load, validate, resolve, describe. The schema is in configs/README.md.
 
 A *resolved* config names every linear: {"transformer.h.0.attn.c_attn": {"w_bits": 4, "a_bits": 8, "kv_bits": 8}, ...};
@@ -11,7 +10,7 @@ import re
 from fnmatch import fnmatchcase
 
 from .errors import UserError
-from .integer import PACKED_BITS
+from .fast.integer import PACKED_BITS
 from .quantization import FLOAT_BITS, QUANTIZED_BITS
 from .user_input import read_json, show
 

@@ -1,4 +1,3 @@
-# Copied from base_model/models/errors.py
 """The one exception that ends a script with its message alone; every other one shows its traceback."""
 
 

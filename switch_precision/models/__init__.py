@@ -1,1 +1,0 @@
-# Copied from base_model/models/__init__.py

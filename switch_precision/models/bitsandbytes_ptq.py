@@ -1,4 +1,3 @@
-# Copied from base_model/models/bitsandbytes_ptq.py
 """Post-training quantization of the linears by bitsandbytes: another quantizer, for comparison only.
 
 Weight-only, unlike this repository's W-A-KV configs, so its numbers stand in columns of their own:

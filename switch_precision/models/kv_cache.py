@@ -1,4 +1,3 @@
-# Copied from base_model/models/kv_cache.py
 """KV cache of integer codes for generation: int8, two a byte up to 4 bits; a float32 scale per token of K and of V.
 
 `attn.c_attn` hands out K and V fake-quantized already (quantization.fake_quantize_kv_: one scale per token, shared by
@@ -14,7 +13,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from .errors import UserError
-from .integer import PACKED_BITS
+from .fast.integer import PACKED_BITS
 from .quantization import FLOAT_BITS, dequantize
 
 

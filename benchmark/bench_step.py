@@ -1,0 +1,159 @@
+"""Cost of one training step: stock float32 GPT-2 + LoRA against static W8A8KV8 + LoRA: fake and integer, also in bf16.
+
+    python tests/bench_step.py                 # GPT-2 124M size, random weights, batch 4 x 384; about 3 minutes
+    python tests/bench_step.py --joint         # one width against widths 8 and 4 with cascade distillation
+
+The variants run in turn, round by round, so that a machine that changes speed changes all of them; printed are the
+median seconds and the median of the round-wise ratio to the first variant. LoRA r 8, alpha 16 on all 48 linears, base
+frozen, dropout as GPT-2 ships it (0.1) unless --dropout says otherwise, SDPA attention, AdamW.
+"""
+
+import argparse
+import math
+import os
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GPT2Config, GPT2ForQuestionAnswering
+from transformers.pytorch_utils import Conv1D
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "switch_precision"))
+from adaptive_lora_trainer import cascade_losses, qa_cross_entropy, qa_distillation_kl  # noqa: E402
+from common.record import run_record, write_json_atomic  # noqa: E402
+from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering  # noqa: E402
+
+
+class Conv1DWithLoRA(nn.Module):
+    """The reference: LoRA beside an unquantized Conv1D, in the plain form y + (alpha / r) * B(A(x))."""
+
+    def __init__(self, conv, r=8, alpha=16):
+        super().__init__()
+        self.conv, self.scaling = conv, alpha / r
+        inp, out = conv.weight.shape
+        self.lora_A, self.lora_B = nn.Parameter(torch.empty(r, inp)), nn.Parameter(torch.zeros(out, r))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        return self.conv(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling
+
+
+def stock_with_lora(config):
+    model = GPT2ForQuestionAnswering(config)
+    for name, conv in [(n, m) for n, m in model.named_modules() if isinstance(m, Conv1D)]:
+        model.set_submodule(name, Conv1DWithLoRA(conv))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name or name.startswith("qa_outputs"))
+    return model.train()
+
+
+def quantized_with_lora(config, *bits):
+    model = QuantGPT2ForQuestionAnswering(config)
+    model.add_lora(bits)
+    return model.train()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds after one warm-up round")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--batch_size", type=int, default=4, help="sequences a step")
+    parser.add_argument("--length", type=int, default=384, help="tokens a sequence")
+    parser.add_argument("--layers", type=int, default=12, help="blocks (12 is GPT-2 124M)")
+    parser.add_argument("--dropout", type=float, default=0.1, help="all three dropout probabilities of GPT-2")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--joint", action="store_true", help="compare a joint step (widths 8, 4) with one width")
+    parser.add_argument("--output", help="also write the figures to this JSON file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    started = time.time()
+
+    pdrop = {key: args.dropout for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    config = GPT2Config(n_layer=args.layers, **pdrop)
+    if args.joint:
+        w8, w84 = quantized_with_lora(config, 8), quantized_with_lora(config, 4, 8)
+        models = (w8, w84)
+        variants = {
+            "W8A8KV8 + LoRA": (w8, (8,), False, ("fake",)),
+            "joint W8, W4 + LoRA": (w84, (8, 4), False, ("fake",)),
+            "W8A8KV8 + LoRA, --bf16": (w8, (8,), True, ("fake",)),
+            "joint W8, W4 + LoRA, --bf16": (w84, (8, 4), True, ("fake",)),
+            "joint, integer": (w84, (8, 4), False, ("integer",)),
+            "joint, integer, bf16 backward": (w84, (8, 4), False, ("integer", "bf16")),
+            "joint, integer, --bf16": (w84, (8, 4), True, ("integer",)),
+        }
+    else:
+        w8, stock = models = quantized_with_lora(config, 8), stock_with_lora(config)
+        variants = {
+            "float32 + LoRA (stock GPT-2)": (stock, (None,), False, None),
+            "LoRA (stock GPT-2), --bf16": (stock, (None,), True, None),
+            "W8A8KV8 + LoRA": (w8, (8,), False, ("fake",)),
+            "W8A8KV8 + LoRA, --bf16": (w8, (8,), True, ("fake",)),
+            "W8A8KV8 + LoRA, integer": (w8, (8,), False, ("integer",)),
+            "W8A8KV8 + LoRA, integer, bf16 backward": (w8, (8,), False, ("integer", "bf16")),
+            "W8A8KV8 + LoRA, integer, --bf16": (w8, (8,), True, ("integer",)),
+        }
+    ids = torch.randint(0, config.vocab_size, (args.batch_size, args.length), device=args.device)
+    labels = torch.randint(0, args.length, (2, args.batch_size), device=args.device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    optimizers = {}
+    for model in models:
+        model.to(args.device)
+        optimizers[model] = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def forward(model, bits, bf16):
+        if bits:
+            model.set_bit_config(bits)
+        with torch.autocast(args.device, torch.bfloat16, enabled=bf16):
+            output = model(input_ids=ids)
+        return torch.stack([output.start_logits, output.end_logits])
+
+    def step(model, widths, bf16, execution):
+        if execution:
+            model.set_execution(*execution)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for loss in cascade_losses(
+            (forward(model, bits, bf16) for bits in widths),
+            lambda logits: qa_cross_entropy(logits, labels, mask),
+            lambda student, teacher: qa_distillation_kl(*student, *teacher, mask),
+        ):
+            (loss / len(widths)).backward()
+        optimizers[model].step()
+        optimizers[model].zero_grad()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    seconds = {name: [] for name in variants}
+    for _ in range(args.rounds + 1):
+        for name, variant in variants.items():
+            seconds[name].append(step(*variant))
+    reference = next(iter(seconds.values()))[1:]
+    rows = {}
+    print(f"{'variant':<40}{'seconds':>9}{'ratio':>8}   (min - max)")
+    for name, taken in seconds.items():
+        ratios = [a / b for a, b in zip(taken[1:], reference, strict=True)]
+        rows[name] = {"seconds": statistics.median(taken[1:]), "ratio": statistics.median(ratios), "ratios": ratios}
+        spread = f"({min(ratios):.2f} - {max(ratios):.2f})"
+        print(f"{name:<40}{rows[name]['seconds']:>9.3f}{rows[name]['ratio']:>8.3f}   {spread}")
+    if args.output:
+        record = run_record(
+            model=f"GPT-2, {args.layers} blocks, random weights",
+            bit_config=None,
+            metrics={"variants": rows},
+            data={},
+            seed=0,
+            wall_seconds=time.time() - started,
+            arguments=vars(args) | {"output": None},
+        )
+        write_json_atomic(args.output, record)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Opening a tokenizer, a model and the bit configs that a user typed, with every check before any compute."""
+
+import json
+import logging
+import os
+
+from transformers import AutoTokenizer
+
+from models.bit_config import config_name, describe_bit_config, short_name
+from models.checkpoint import read_config
+from models.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def load_tokenizer(model_args):
+    """The tokenizer; GPT-2 has no pad token, so padding uses its end-of-text token (masked, never scored).
+
+    Raises ValueError for tokenizer files, or a config.json beside them, that do not work; OSError for none.
+    """
+    name = model_args.tokenizer_name or model_args.model_name_or_path
+    options = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
+    if not model_args.tokenizer_name:
+        read_config(str(name), options)  # the tokenizer's class may come from it
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # faulty files raise any class, that of tokenizers is Exception itself
+        raise UserError(f"{name}: its tokenizer does not open ({type(error).__name__}: {error})") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"  # where a causal model does not look; positions count from the text's start
+    return tokenizer
+
+
+def open_model(model_class, model_args, tokenizer, training=False, **overrides):
+    """The model of --model_name_or_path, complete with its adapters.
+
+    Raises ValueError for a tokenizer that is not the model's, for adapters of another --lora_r or --lora_alpha, and
+    for training on an exported checkpoint.
+    """
+    options = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
+    if model_args.attn_implementation:
+        options["attn_implementation"] = model_args.attn_implementation
+    model = model_class.from_pretrained(
+        model_args.model_name_or_path,
+        base_model_name_or_path=model_args.base_model_name_or_path,
+        **options,
+        **overrides,
+    )
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the embedding of {model_args.model_name_or_path} "
+            f"{model.config.vocab_size}: they do not belong together (--tokenizer_name)"
+        )
+    for key in ("lora_r", "lora_alpha") if model.config.lora_bank else ():
+        asked, found = getattr(model_args, key, None), getattr(model.config, key)
+        if asked not in (None, found):
+            raise UserError(
+                f"--{key} {asked}, but the adapters of {model_args.model_name_or_path} have {key} {found}: leave the "
+                "flag out, or start from a model without adapters"
+            )
+    if training and model.config.exported_widths:
+        raise UserError(
+            f"{model_args.model_name_or_path} is an exported checkpoint without float weights: it can be evaluated; "
+            "train the checkpoint that it was made from"
+        )
+    if not training:  # only of frozen weights codes are kept from one forward to the next
+        for layer in model.quant_layers().values():
+            if layer.weight is not None:
+                layer.weight.requires_grad_(False)
+    return model
+
+
+def load_model(model_class, model_args, tokenizer):
+    """The checkpoint, ready to be evaluated."""
+    model = open_model(model_class, model_args, tokenizer)
+    model.set_execution(model_args.execution or "integer")
+    return model
+
+
+def describe_model(model):
+    """{"name", "layers" (resolved config), average bits, sizes, trainable parameters}; logged and recorded."""
+    shapes, resolved = model.layer_shapes(), model.config.bit_config
+    description = {"name": short_name(resolved), **describe_bit_config(resolved, shapes)}
+    trainable, total = model.num_parameters(only_trainable=True), model.num_parameters()
+    logger.info("bits: %s", json.dumps(description))
+    logger.info("LoRA bank: %s; trainable: %d of %d parameters", model.config.lora_bank, trainable, total)
+    return {**description, "lora_bank": model.config.lora_bank, "layers": resolved}
+
+
+def trained_configs(model):
+    """What the checkpoint serves, highest first: what the training or the export left in its config, else the widths
+    of its bank, else what it was saved with.
+    """
+    widths = sorted((int(key) for key in model.config.lora_bank or () if key != "shared"), reverse=True)
+    return model.config.trained_bit_configs or [str(bits) for bits in widths] or ["checkpoint"]
+
+
+def resolve_configs(model, texts):
+    """{name: resolved config} of what the user typed; all faults of all configs in one ValueError.
+
+    A file is named by its stem (by its path where two stems agree), a width by its W-A-KV notation.
+    """
+    texts = list(dict.fromkeys(texts))
+    names = [config_name(text) for text in texts]
+    saved, configs, faults = model.config.bit_config, {}, []
+    for text, name in zip(texts, names, strict=True):
+        try:
+            with model.bit_config(saved if text == "checkpoint" else text) as resolved:
+                if names.count(name) > 1 and text != "checkpoint" and os.path.isfile(text):
+                    name = text
+                configs[name if configs.get(name, resolved) == resolved else text] = resolved
+        except (ValueError, OSError) as error:
+            lines = str(error).splitlines()
+            more = [f"... and {len(lines) - 3} more of this config"] if len(lines) > 4 else lines[3:]
+            faults += [line if line.startswith(text) else f"{text}: {line}" for line in lines[:3] + more]
+    if faults:
+        raise UserError("nothing was evaluated; bit configs with faults:\n  " + "\n  ".join(faults))
+    return configs

@@ -1,0 +1,147 @@
+"""KV cache of integer codes for generation: int8, two a byte up to 4 bits; a float32 scale per token of K and of V.
+
+`attn.c_attn` hands out K and V fake-quantized already (quantization.fake_quantize_kv_: one scale per token, shared by
+the heads, as LLM-QAT, arXiv:2305.17888). Every such value is code * scale, so the cache takes codes and scale back
+out of the values and gives the same values again, bit for bit: a token is never quantized a second time.
+
+    cache = QuantizedKVCache(model.config)
+    model.generate(**inputs, past_key_values=cache)
+    cache_bytes(cache)
+"""
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from .errors import UserError
+from .fast.integer import PACKED_BITS
+from .quantization import FLOAT_BITS, dequantize
+
+
+def recover_codes(values, bits):
+    """Codes and scale of values that `fake_quantize` made: the inverse of its last step.
+
+    The largest entry of a row has code qmax, hence the other codes. A value is code * scale rounded to its dtype, so
+    each entry leaves an interval of scales that round to it. All of them meet in the scale that was used, and the
+    float32 next to the middle of what they share gives back every value.
+
+    Args:
+        values: (..., n) float tensor; bits: 2 to 8.
+    Returns:
+        codes: (..., n) int8; scale: (..., 1) float32, with dequantize(codes, scale).to(values.dtype) == values.
+    Raises:
+        ValueError: values that are not on a grid of `bits` (quantized at other bits, not at all, or not finite).
+    """
+    if values.dtype == torch.float64:
+        values = values.float()  # exact: the quantizer computes in float32
+    magnitude = values.abs()
+    amax = magnitude.amax(-1, keepdim=True).double()
+    step = (amax / (2 ** (bits - 1) - 1)).clamp(min=torch.finfo(torch.float32).tiny)  # the smallest scale there is
+    codes = (values / step).round_()
+    zero, count = codes == 0, codes.abs()
+    below = torch.nextafter(magnitude, torch.zeros_like(magnitude)).double()
+    above = torch.nextafter(magnitude, torch.full_like(magnitude, torch.inf)).double()
+    low = ((below + magnitude) / 2 / count).masked_fill_(zero, 0).amax(-1, keepdim=True)
+    high = ((above + magnitude) / 2 / count).masked_fill_(zero, torch.inf).amin(-1, keepdim=True)
+    scale = torch.where(amax == 0, 0, (low + high) / 2).float()
+    codes = codes.to(torch.int8)
+    if not torch.equal(dequantize(codes, scale).to(values.dtype), values):
+        raise UserError(
+            f"K/V are not values of the {bits}-bit quantizer, which this cache was made for: either the bits of the "
+            "model were changed after the cache was made, or K/V are not finite"
+        )
+    return codes, scale
+
+
+class QuantizedKVLayer(CacheLayerMixin):
+    """K and V of one attention layer.
+
+    `codes`: (2, batch, heads, tokens, head_dim) int8; up to 4 bits (1, ...), each byte with the code of K in its low
+    and that of V in its high half. `scale`: (2, batch, 1, tokens, 1) float32, shared by the heads.
+    Every update dequantizes the history of this layer once, for attention to read; nobody keeps that copy.
+    """
+
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, bits):
+        super().__init__()
+        self.bits, self.packed = bits, bits <= PACKED_BITS
+        self.reset()
+
+    def reset(self):
+        self.codes = self.scale = None
+        self.is_initialized = False
+
+    def lazy_initialization(self, key_states, value_states):
+        self.dtype, self.is_initialized = key_states.dtype, True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Append K and V of new tokens, (batch, heads, tokens, head_dim) each; returns those of all tokens."""
+        if key_states.requires_grad:
+            raise UserError("the quantized KV cache is for decoding: use torch.no_grad(); to train, use_cache=False")
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        kv = torch.stack([key_states, value_states]).transpose(2, 3)  # (2, batch, tokens, heads, head_dim)
+        codes, scale = recover_codes(kv.flatten(3), self.bits)
+        codes, scale = codes.view(kv.shape).transpose(2, 3).contiguous(), scale.unsqueeze(2)
+        if self.packed:
+            codes = (codes[:1] & 15) | (codes[1:] << 4)
+        if self.codes is not None:  # the copy of codes that cat makes is a fraction of what dequantizing moves
+            codes, scale = torch.cat([self.codes, codes], 3), torch.cat([self.scale, scale], 3)
+        self.codes, self.scale = codes, scale
+        keys, values = ((codes[0] << 4) >> 4, codes[0] >> 4) if self.packed else codes  # a right shift keeps the sign
+        return dequantize(keys, scale[0]).to(self.dtype), dequantize(values, scale[1]).to(self.dtype)
+
+    def get_seq_length(self):
+        return 0 if self.codes is None else self.codes.shape[3]
+
+    def get_max_length(self):
+        return -1  # no maximum
+
+    def get_mask_sizes(self, query_length):
+        return self.get_seq_length() + query_length, 0
+
+    def crop(self, tokens_to_remove):
+        """Forget the last tokens; a negative number, as everywhere in transformers 5."""
+        if tokens_to_remove > 0:
+            raise UserError(f"crop({tokens_to_remove}): pass the number of tokens to remove as a negative number")
+        length = max(self.get_seq_length() + tokens_to_remove, 0)
+        self._replace(lambda tensor: tensor[:, :, :, :length].clone())  # a view would keep the memory
+
+    def reorder_cache(self, beam_idx):
+        self._replace(lambda tensor: tensor.index_select(1, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats):
+        self._replace(lambda tensor: tensor.repeat_interleave(repeats, dim=1))
+
+    def batch_select_indices(self, indices):
+        self._replace(lambda tensor: tensor[:, indices])
+
+    def _replace(self, change):
+        if self.codes is not None:
+            self.codes, self.scale = change(self.codes), change(self.scale)
+
+
+class QuantizedKVCache(Cache):
+    """`past_key_values` for a model of ours: each layer at the `kv_bits` that its `attn.c_attn` has now.
+
+    Layers at 16 or 32 bits stay float, as in transformers' DynamicCache.
+
+    Args:
+        config: `model.config`; change the bits of the model, and a new cache is needed (an old one refuses to work).
+    """
+
+    def __init__(self, config):
+        names = [f"transformer.h.{block}.attn.c_attn" for block in range(config.n_layer)]
+        self.kv_bits = [config.bit_config[name]["kv_bits"] for name in names]
+        super().__init__([DynamicLayer() if bits in FLOAT_BITS else QuantizedKVLayer(bits) for bits in self.kv_bits])
+
+
+def cache_bytes(cache):
+    """Bytes of the tensors that a QuantizedKVCache or a DynamicCache holds."""
+    tensors = []
+    for layer in cache.layers:
+        quantized = isinstance(layer, QuantizedKVLayer)
+        tensors += (layer.codes, layer.scale) if quantized else (layer.keys, layer.values)
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)

@@ -1,0 +1,78 @@
+"""Perplexity of a text under any number of bit-width configs, and the table of it. Used by run_clm.py."""
+
+import logging
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+
+from common.statistics import markdown_table
+from models.bit_config import describe_bit_config
+from models.errors import UserError
+from models.user_input import read_text
+
+logger = logging.getLogger("perplexity")
+
+
+def read_tokens(path, tokenizer, at_least):
+    """Token ids of a text file, (tokens,) int64; it must have `at_least` so many."""
+    tokens = tokenizer(read_text(path), return_tensors="pt", verbose=False)["input_ids"][0].long()
+    if len(tokens) < at_least:
+        raise UserError(f"{path}: {len(tokens)} tokens, at least {at_least} are needed (see --block_size)")
+    return tokens
+
+
+def windows(total, block_size, stride):
+    """Yield (start, first, end): tokens `first`..`end` - 1 are scored, from the tokens `start`.. before each.
+
+    The first window scores all it can, each further one `stride` tokens with at least block_size - stride before them.
+    """
+    first, end = 1, min(block_size + 1, total)
+    while first < total:
+        yield max(end - 1 - block_size, 0), first, end
+        first, end = end, min(end + stride, total)
+
+
+@torch.no_grad()
+def perplexity(model, tokens, block_size, stride, batch_size=8, half=None):
+    """exp of the mean negative log-likelihood of tokens 1, 2, ... under the model's present bits.
+
+    Args: tokens: (total,). half: dtype of autocast, None for float32.
+    """
+    model.eval()
+    spans = list(windows(len(tokens), block_size, stride))  # all of one length: only a short text has one shorter
+    loss = torch.zeros((), dtype=torch.float64, device=model.device)
+    for index in range(0, len(spans), batch_size):
+        batch = spans[index : index + batch_size]
+        inputs = torch.stack([tokens[start : end - 1] for start, _, end in batch]).to(model.device)
+        keep = max(end - first for _, first, end in batch)
+        labels = torch.full((len(batch), keep), -100)
+        for row, (_, first, end) in zip(labels, batch, strict=True):
+            row[first - end :] = tokens[first:end]
+        with torch.autocast(model.device.type, half, enabled=half is not None):
+            logits = model(inputs, logits_to_keep=keep, use_cache=False).logits  # (batch, keep, vocabulary)
+        loss += F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten().to(logits.device), reduction="sum")
+    return math.exp(loss.item() / (len(tokens) - 1))
+
+
+def perplexity_of_configs(model, configs, tokens, block_size, stride, batch_size=8, half=None):
+    """[{"config", "average_w_bits", "weight_mb", "perplexity", "seconds"}] of {name: resolved config}."""
+    rows, shapes = [], model.layer_shapes()
+    for name, config in configs.items():
+        start, size = time.time(), describe_bit_config(config, shapes)
+        with model.bit_config(config):
+            found = perplexity(model, tokens, block_size, stride, batch_size, half)
+        row = {"config": name, "average_w_bits": size["average_w_bits"], "weight_mb": size["weight_bytes"] / 1e6}
+        rows.append({**row, "perplexity": found, "seconds": round(time.time() - start, 2)})
+        logger.info("%s: perplexity %.3f", name, found)
+    return rows
+
+
+def table_lines(rows):
+    """The table as markdown."""
+    cells = [
+        [row["config"], *(f"{row[key]:.2f}" for key in ("average_w_bits", "weight_mb", "perplexity", "seconds"))]
+        for row in rows
+    ]
+    return markdown_table(["config", "avg bits", "MB", "perplexity", "seconds"], cells)

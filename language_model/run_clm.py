@@ -1,0 +1,197 @@
+#!/usr/bin/env python
+"""Tune the GPT-2 language model for one or several bit-widths on a text file; perplexity under any number of configs.
+
+    python run_clm.py --model_name_or_path gpt2 --train_file train.txt --validation_file valid.txt --do_train \\
+        --do_eval --bit_widths 4 8 --max_steps 1000 --learning_rate 3e-3 --output_dir results/clm
+    python run_clm.py --model_name_or_path results/clm --validation_file valid.txt --do_eval \\
+        --eval_bit_configs 8 W4A8KV8 ../configs/hybrid_25pct_4bit.json 4 --output_dir results/perplexity
+
+Training: one LoRA adapter per width in every linear, base and tied head frozen. Every step runs the same batch at the
+highest width, the ones between, random per-layer mixtures and the lowest, and takes one optimizer step on the mean of
+their cross-entropies (no distillation). A killed run resumes when the same command is given again.
+Perplexity: sliding windows of --block_size tokens; every token but the text's first is scored once.
+"""
+
+import dataclasses
+import functools
+import os
+import time
+
+import torch
+from perplexity import perplexity_of_configs, read_tokens, table_lines
+from transformers import default_data_collator, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from common.arguments import option
+from common.checksums import file_checksum
+from common.flags import parse_args
+from common.loading import describe_model, load_model, load_tokenizer, resolve_configs, trained_configs
+from common.record import relative_path, write_run_record, write_text_atomic
+from common.resuming import OutputFolder, input_checksums, run_settings
+from common.script import plain_errors, setup_logging
+from common.step_configs import BankArguments, bit_configs_for_step, check_bank, target_configs
+from common.trainer import StepMeanTrainer
+from common.training_args import TrainingArguments
+from models.bit_config import short_name
+from models.errors import UserError
+from models.modeling_gpt2_quant import QuantGPT2LMHeadModel
+
+
+@dataclasses.dataclass
+class TextArguments:
+    """The text and the perplexity."""
+
+    train_file: str | None = option(None, "UTF-8 text to train on, cut into blocks")
+    validation_file: str | None = option(None, "UTF-8 text whose perplexity is measured")
+    block_size: int = option(1024, "tokens of a block or window (at most the model's positions)")
+    stride: int | None = option(None, "tokens that each further window scores (default: half of --block_size)")
+    eval_bit_configs: list[str] | None = option(
+        None, 'JSON files, short forms as W4A8KV8, widths as 8, "checkpoint" (default: what was trained)'
+    )
+    num_mixed_configs: int = option(1, "random per-layer assignments a step; 0 for uniform widths only")
+    overwrite_output_dir: bool = option(False, "start over in a used --output_dir; deletes its checkpoints")
+    record_file: str | None = option(None, "where the run's JSON record goes (default: record.json in --output_dir)")
+
+
+def check_args(model_args, text_args, training_args):
+    """Refuse what cannot work, before anything is loaded."""
+    if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
+        raise UserError("nothing to do: pass --do_train or --do_eval")
+    check_bank(model_args)
+    if training_args.do_predict or training_args.eval_strategy != "no":
+        raise UserError("perplexity is measured once, by --do_eval: no --do_predict, no --eval_strategy")
+    training_args.refuse_full_eval()
+    for flag, file in {"do_train": "train_file", "do_eval": "validation_file"}.items():
+        if getattr(training_args, flag) and not getattr(text_args, file):
+            raise UserError(f"--{flag} needs --{file}")
+    if text_args.block_size < 2:
+        raise UserError(f"--block_size {text_args.block_size}: at least 2 tokens, one to read and one to predict")
+    if text_args.stride is not None and not 1 <= text_args.stride <= text_args.block_size:
+        raise UserError(f"--stride {text_args.stride}: 1 to --block_size {text_args.block_size}")
+
+
+class JointLMTrainer(StepMeanTrainer):
+    """One optimizer step on the mean loss of all configs of the step; each is sent backward at once.
+
+    Args:
+        sampler: step -> [(name, resolved config)]; resting: the config that checkpoints are saved with.
+    """
+
+    def __init__(self, *args, sampler, resting, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sampler, self.resting, self.passes = sampler, resting, 1
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        net, losses = self.accelerator.unwrap_model(model), []
+        configs = self.sampler(self.state.global_step)
+        self.passes = len(configs)
+        for _, config in configs:
+            net.set_bit_config(config)
+            losses.append(super().training_step(model, dict(inputs)))
+            if not torch.isfinite(losses[-1]):
+                saved = get_last_checkpoint(self.args.output_dir)
+                raise FloatingPointError(
+                    f"loss is {losses[-1].item()} at step {self.state.global_step + 1} ({short_name(config)}); "
+                    f"last checkpoint: {saved or 'none yet'}. Try a lower --learning_rate"
+                )
+        net.set_bit_config(self.resting)
+        return torch.stack(losses).sum()
+
+    def mean_loss(self, model, inputs):
+        loss, output = super().mean_loss(model, {**inputs, "use_cache": False})
+        return loss / self.passes, output
+
+
+def blocks(tokens, block_size):
+    """Consecutive blocks of a text, (blocks, block_size); the rest at its end is dropped. None gives none."""
+    return [] if tokens is None else tokens.unfold(0, block_size, block_size)
+
+
+def build_model(model_args, text_args, training_args, tokenizer):
+    """(model, [(name, resolved config)] to train, highest first; the bank is made for these if there is none)."""
+    model, targets = load_model(QuantGPT2LMHeadModel, model_args, tokenizer), []
+    if training_args.do_train:
+        targets = target_configs(model_args, model.layer_shapes())
+        if not model.config.lora_bank:
+            widths = {layer["w_bits"] for _, config in targets for layer in config.values()}
+            model.add_lora(sorted(widths), model_args.lora_r, model_args.lora_alpha)
+        for _, config in reversed(targets):
+            model.set_bit_config(config)  # refuses what the bank of a checkpoint has no adapter for
+        if not model.config.base_model_name_or_path:
+            model.set_base(model_args.model_name_or_path)
+    execution = model_args.execution or ("fake" if training_args.do_train else "integer")
+    model.set_execution(execution, model_args.backward_dtype)
+    model.loss_type = "ForCausalLM"  # transformers would look it up by the name of the class, and warn
+    return model, targets
+
+
+def main():
+    start = time.time()
+    model_args, text_args, training_args = parse_args(BankArguments, TextArguments, TrainingArguments)
+    setup_logging(training_args)
+    check_args(model_args, text_args, training_args)
+    folder = OutputFolder(
+        training_args, text_args.overwrite_output_dir, run_settings(model_args, text_args, training_args)
+    )
+    set_seed(training_args.seed)
+
+    tokenizer = load_tokenizer(model_args)
+    model, targets = build_model(model_args, text_args, training_args, tokenizer)
+    bits = describe_model(model)
+    configs = dict(targets)
+    if text_args.eval_bit_configs or not targets:
+        configs = resolve_configs(model, text_args.eval_bit_configs or trained_configs(model))
+    block_size = min(text_args.block_size, model.config.n_positions)
+    stride = min(text_args.stride or block_size // 2, block_size)
+    files = {"train": text_args.train_file} if training_args.do_train else {}
+    files |= {"validation": text_args.validation_file} if training_args.do_eval else {}
+    texts = {
+        split: read_tokens(file, tokenizer, block_size if split == "train" else 2) for split, file in files.items()
+    }
+
+    sources = {
+        split: {"source": relative_path(file), "examples": len(texts[split]), "sha256": file_checksum(file)}
+        for split, file in files.items()
+    }
+    if training_args.do_train:
+        folder.start(**input_checksums(model, tokenizer, sources))
+    trainer = JointLMTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=[{"input_ids": block, "labels": block} for block in blocks(texts.get("train"), block_size)],
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+        sampler=functools.partial(
+            bit_configs_for_step,
+            seed=training_args.seed,
+            layers=model.layer_shapes(),
+            bit_widths=model_args.bit_widths,
+            num_mixed_configs=text_args.num_mixed_configs,
+            sample_widths=max(len(targets) - 2, 0),
+            explicit=targets if model_args.bit_configs else None,
+        ),
+        resting=model.config.bit_config,
+    )
+    metrics, rows = {}, []
+    if training_args.do_train:
+        metrics |= trainer.train_or_load(folder)
+    if not trainer.is_world_process_zero():
+        return
+    if training_args.do_eval:
+        batch_size, net = training_args.per_device_eval_batch_size, trainer.accelerator.unwrap_model(trainer.model)
+        text = texts["validation"]
+        half = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
+        rows = perplexity_of_configs(net, configs, text, block_size, stride, batch_size, half)
+        metrics |= {f"eval_perplexity_{row['config']}": row["perplexity"] for row in rows}
+        lines = table_lines(rows)
+        print(*lines, sep="\n", flush=True)
+        write_text_atomic(os.path.join(training_args.output_dir, "table.md"), "\n".join(lines) + "\n")
+    details = {"bit_config": bits, "metrics": metrics, "data": sources, "rows": rows}
+    details |= {"bit_configs": {"trained": dict(targets), "evaluated": configs if rows else {}}}
+    details |= {"text": {"unit": "tokens", "block_size": block_size, "stride": stride}}
+    write_run_record(trainer, folder, model_args, text_args, start, **details)
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main()

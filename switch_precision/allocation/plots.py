@@ -1,0 +1,94 @@
+"""The plots of sensitivity.py (heat map of a sweep) and search.py (EM against average weight bits)."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import LogNorm
+
+from allocation.block_reuse import block_of
+from common.record import atomic_path
+
+TYPES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+PANELS = (("exact_match_drop", "EM drop (points)", "{:.1f}"), ("kl", "KL (nats)", "{:.1e}"))
+STYLES = {
+    "found": {"marker": "o", "color": "C0", "linestyle": "-"},
+    "uniform": {"marker": "s", "color": "C1", "linestyle": "--"},
+    "random": {"marker": ".", "color": "0.6", "linestyle": ""},
+    "hybrid": {"marker": "*", "color": "C3", "linestyle": "", "markersize": 12},
+}
+LABELS = {
+    "found": "found",
+    "uniform": "uniform width",
+    "random": "random, same budget",
+    "hybrid": "published hybrid",
+}
+
+
+def save(figure, path):
+    """Write the PNG whole or not at all."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+    plt.close(figure)
+
+
+def draw_heat_map(flips, path):
+    """Blocks by layer types, EM drop and KL side by side, one row of panels per low width.
+
+    Args: flips: {key: {"kind", "low_bits", "name", "exact_match_drop", "kl"}}. path: of the PNG."""
+    layers = [flip for flip in flips.values() if flip["kind"] == "layer"]
+    lows, blocks = list(dict.fromkeys(f["low_bits"] for f in layers)), 1 + max(block_of(f["name"]) for f in layers)
+    size = (11, 1.6 + len(lows) * (1.2 + 0.36 * blocks))
+    figure, grid = plt.subplots(len(lows), 2, figsize=size, squeeze=False, layout="constrained")
+    for low, row in zip(lows, grid, strict=True):
+        for axes, (measure, title, form) in zip(row, PANELS, strict=True):
+            values = np.full((blocks, len(TYPES)), np.nan)
+            for flip in layers:
+                if flip["low_bits"] == low:
+                    kind = next(index for index, name in enumerate(TYPES) if flip["name"].endswith(name))
+                    values[block_of(flip["name"]), kind] = flip[measure]
+            if measure == "exact_match_drop":  # zero is white: red loses, blue gains
+                bound = np.nanmax(np.abs(values)) or 1.0
+                image = axes.imshow(values, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
+                dark = np.abs(values) > 0.65 * bound
+            else:  # spans orders of magnitude
+                scale = LogNorm() if np.nanmin(values) > 0 else None
+                image = axes.imshow(values, cmap="viridis_r", norm=scale, aspect="auto")
+                dark = image.norm(values) > 0.5
+            for (block, kind), value in np.ndenumerate(values):
+                color = "white" if dark[block, kind] else "black"
+                axes.text(kind, block, form.format(value), ha="center", va="center", color=color, fontsize=8)
+            axes.set_xticks(range(len(TYPES)), TYPES)
+            axes.set_yticks(range(blocks))
+            axes.set_ylabel("block")
+            axes.set_title(f"{title}, one linear at {low}")
+            figure.colorbar(image, ax=axes)
+    save(figure, path)
+
+
+def draw_pareto(rows, groups, path):
+    """EM with intervals against average bits.
+
+    Args: rows: of the evaluation table. groups: {"found" | "uniform" | "random": config names}; a row that is in
+    none is the hybrid. path: of the PNG.
+    """
+    grouped = {name for names in groups.values() for name in names}
+    groups = groups | {"hybrid": [row["config"] for row in rows if row["config"] not in grouped]}
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for group in ("random", "uniform", "found", "hybrid"):
+        members = sorted(
+            (row for row in rows if row["config"] in groups[group]), key=lambda row: row["average_w_bits"]
+        )
+        if not members:
+            continue
+        x, y = [row["average_w_bits"] for row in members], [row["exact_match"] for row in members]
+        axes.plot(x, y, label=LABELS[group], **STYLES[group])
+        if members[0]["exact_match_interval"] and group != "random":
+            low, high = zip(*(row["exact_match_interval"] for row in members))
+            axes.vlines(x, low, high, color=STYLES[group]["color"], alpha=0.4)
+    axes.set_xlabel("average bits of the linear weights")
+    axes.set_ylabel("exact match (%)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save(figure, path)

@@ -1,0 +1,137 @@
+"""SQuAD-format data as the QA scripts take them: examples, token windows, collator, metric."""
+
+import logging
+import os
+
+import datasets
+import evaluate
+from datasets.fingerprint import Hasher
+from transformers import DataCollatorWithPadding
+
+import utils_qa
+from common.checksums import file_checksum, json_checksum, tokenizer_checksum
+from common.record import relative_path
+from common.squad_data import load_qa_datasets
+
+logger = logging.getLogger(__name__)
+
+
+def needed_splits(training_args):
+    """The splits that the run reads."""
+    evaluates = training_args.do_eval or (training_args.do_train and training_args.eval_strategy != "no")
+    wanted = {"train": training_args.do_train, "validation": evaluates, "test": training_args.do_predict}
+    return [split for split, use in wanted.items() if use]
+
+
+def load_data(data_args, splits, model_args):
+    """({split: examples}, {split: source, number and checksum}) for the splits that the run needs."""
+    files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
+    limits = {
+        "train": data_args.max_train_samples,
+        "validation": data_args.max_eval_samples,
+        "test": data_args.max_predict_samples,
+    }
+    raw = load_qa_datasets(
+        data_args.dataset_name,
+        data_args.dataset_config_name,
+        **{f"{split}_file": path for split, path in files.items()},
+        cache_dir=model_args.cache_dir,
+        splits=splits,
+        token=model_args.token,
+    )
+    examples, sources = {}, {}
+    for split in splits:
+        limit = limits[split]
+        examples[split] = raw[split].select(range(min(limit, len(raw[split])))) if limit else raw[split]
+        path = files[split]
+        sources[split] = {
+            "source": relative_path(path) if path else data_args.dataset_name,
+            "examples": len(examples[split]),
+            "sha256": file_checksum(path) if path else json_checksum(examples[split][:]),
+        }
+    return examples, sources
+
+
+def build_features(examples, split, source, tokenizer, data_args, training_args, max_positions):
+    """Token windows of a split; those to evaluate are sorted by length, so that batches need little padding.
+
+    Features of a local file are kept in the datasets cache, where other ranks and later runs find them; the name of
+    the cache file covers all that they depend on.
+    """
+    build = utils_qa.prepare_train_features if split == "train" else utils_qa.prepare_validation_features
+    settings = {
+        "max_seq_length": min(data_args.max_seq_length, max_positions),
+        "doc_stride": data_args.doc_stride,
+        "separator": data_args.question_separator.encode("latin-1", "backslashreplace").decode("unicode_escape"),
+    }
+    cache_file = None
+    if source["sha256"]:
+        code = file_checksum(utils_qa.__file__)
+        parts = [split, source["sha256"], len(examples), sorted(settings.items()), code, tokenizer_checksum(tokenizer)]
+        name = Hasher.hash(parts)
+        cache_file = os.path.join(datasets.config.HF_DATASETS_CACHE, "qa_features", f"{name}.arrow")
+        os.makedirs(os.path.dirname(cache_file), exist_ok=True)
+    with training_args.main_process_first(desc=f"features of {split}"):
+        features = examples.map(
+            build,
+            batched=True,
+            remove_columns=examples.column_names,
+            fn_kwargs={"tokenizer": tokenizer, **settings},
+            num_proc=data_args.preprocessing_num_workers,
+            cache_file_name=cache_file,
+            load_from_cache_file=not data_args.overwrite_cache,
+            desc=f"features of {split}",
+        )
+    logger.info("%s: %d questions, %d windows", split, len(examples), len(features))
+    return features if split == "train" else features.sort("length", reverse=True)
+
+
+def make_collator(tokenizer, data_args, max_positions):
+    """Pads to the longest of the batch, or to max_seq_length."""
+    if data_args.pad_to_max_length:
+        length = min(data_args.max_seq_length, max_positions)
+        return DataCollatorWithPadding(tokenizer, padding="max_length", max_length=length)
+    return DataCollatorWithPadding(tokenizer)
+
+
+def make_metric():
+    """compute_metrics for the trainer: EM/F1 through the `evaluate` module beside this file; the hub is not asked."""
+    metric = evaluate.load(os.path.join(os.path.dirname(__file__), "squad_metric"), keep_in_memory=True)
+
+    def compute_metrics(prediction):
+        return metric.compute(
+            predictions=[{"id": key, "prediction_text": text} for key, text in prediction.predictions.items()],
+            references=[
+                {"id": key, "answers": {"text": texts, "answer_start": [0] * len(texts)}}
+                for key, texts in prediction.label_ids.items()
+            ],
+        )
+
+    return compute_metrics
+
+
+def trainer_arguments(model, tokenizer, data_args, training_args, examples, features):
+    """What every QA trainer is made from, as keywords. examples, features: {split: ...}."""
+    return {
+        "model": model,
+        "args": training_args,
+        "train_dataset": features.get("train"),
+        "eval_dataset": features.get("validation"),
+        "eval_examples": examples.get("validation"),
+        "processing_class": tokenizer,
+        "data_collator": make_collator(tokenizer, data_args, model.config.max_position_embeddings),
+        "compute_metrics": make_metric(),
+        "n_best_size": data_args.n_best_size,
+        "max_answer_length": data_args.max_answer_length,
+    }
+
+
+def load_features(model, tokenizer, model_args, data_args, training_args):
+    """({split: examples}, {split: token windows}, {split: source and checksum}) of the splits that the run reads."""
+    examples, sources = load_data(data_args, needed_splits(training_args), model_args)
+    positions = model.config.max_position_embeddings
+    features = {
+        split: build_features(rows, split, sources[split], tokenizer, data_args, training_args, positions)
+        for split, rows in examples.items()
+    }
+    return examples, features, sources

@@ -1,0 +1,217 @@
+/* What a CPU computes around the integer products, each in one pass over its data; kernels.py builds and calls it.
+
+   float32. Neighbours in the last axis are adjacent in memory; rows of x and out are `..._stride` floats apart, those
+   of everything else follow each other. NaN goes through: the result has NaN where torch's operators have it. */
+
+#include <float.h>
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+
+#define ROWS 16     /* that a thread finishes at a time */
+#define COLUMNS 512 /* of B^T at a time: with r = 8 they stay in the first-level cache */
+#define BLOCK 4     /* rows that products take at a time */
+#if defined __AVX512F__
+#define LANES 16  /* floats in a register */
+#define VECTORS 4 /* BLOCK x VECTORS sums stay in registers: there are 32 here, */
+#elif defined __AVX__
+#define LANES 8
+#define VECTORS 2 /* 16 here */
+#else
+#define LANES 4
+#define VECTORS 2
+#endif
+typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t integers __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+/* quantization.row_scale: max|x| / qmax, rounded towards zero, FLT_MIN at least; 0 for zeros */
+static float row_scale(const float *x, long n, float qmax) {
+    const uint32_t *bits = (const uint32_t *)x;
+    uint32_t largest = 0; /* without their signs, floats are ordered as their bits are, NaN above all */
+#pragma omp simd reduction(max : largest)
+    for (long i = 0; i < n; i++) {
+        uint32_t magnitude = bits[i] & 0x7fffffff;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    float amax;
+    memcpy(&amax, &largest, sizeof amax);
+    if (amax == 0) return 0;
+    float scale = amax / qmax;
+    if ((double)scale * qmax > amax) scale = nextafterf(scale, 0);
+    return scale < FLT_MIN ? FLT_MIN : scale;
+}
+
+/* low_rank = scaling * x A^T for a block of count <= BLOCK rows. x: (count, n); A: (r, n); low_rank: (count, r). */
+static void project(const float *x, long count, long n, long x_stride, const float *A, long r, float scaling,
+                    float *low_rank) {
+    for (long j = 0; j < r; j += VECTORS) {
+        vector sums[BLOCK][VECTORS] = {0};
+        const float *left[BLOCK], *right[VECTORS]; /* where there are fewer rows, the first of them again */
+        for (long k = 0; k < BLOCK; k++) left[k] = x + (k < count ? k : 0) * x_stride;
+        for (long k = 0; k < VECTORS; k++) right[k] = A + (j + k < r ? j + k : j) * n;
+        long whole = n / LANES * LANES;
+        for (long i = 0; i < whole; i += LANES)
+            for (int p = 0; p < BLOCK; p++)
+                for (int q = 0; q < VECTORS; q++)
+                    sums[p][q] += *(const vector *)(left[p] + i) * *(const vector *)(right[q] + i);
+        for (long p = 0; p < count; p++) {
+            for (long q = 0; q < VECTORS && j + q < r; q++) {
+                float sum = 0;
+                for (int lane = 0; lane < LANES; lane++) sum += sums[p][q][lane];
+                for (long i = whole; i < n; i++) sum += left[p][i] * right[q][i];
+                low_rank[p * r + j + q] = scaling * sum;
+            }
+        }
+    }
+}
+
+/* Codes and scale of every row, and the first half of the LoRA branch, low_rank = scaling * x A^T.
+   x: (rows, n); codes: (rows, n); scale: (rows); A: (r, n); low_rank: (rows, r). */
+void quantize_rows(const float *x, long rows, long n, long x_stride, float qmax, int8_t *codes, float *scale,
+                   const float *A, long r, float scaling, float *low_rank, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long first = 0; first < rows; first += BLOCK) {
+        long count = rows - first < BLOCK ? rows - first : BLOCK;
+        for (long row = first; row < first + count; row++) {
+            const float *in = x + row * x_stride;
+            float divisor = scale[row] = row_scale(in, n, qmax);
+            if (divisor == 0) divisor = 1;
+            for (long i = 0; i < n; i++) codes[row * n + i] = (int8_t)(int32_t)rintf(in[i] / divisor);
+        }
+        project(x + first * x_stride, count, n, x_stride, A, r, scaling, low_rank + first * r);
+    }
+}
+
+/* out = acc * row_scales * column_scale + bias + low_rank B^T; then K and V, the last two thirds, are fake-quantized
+   if kv_qmax > 0. acc, out: (rows, n); row_scales: (rows); column_scale, bias: (n); low_rank: (rows, r); Bt: (r, n).
+*/
+void finish_rows(const int32_t *acc, long rows, long n, const float *row_scales, const float *column_scale,
+                 const float *bias, const float *low_rank, const float *Bt, long r, float kv_qmax, float *out,
+                 long out_stride, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long first = 0; first < rows; first += ROWS) {
+        long last = first + ROWS < rows ? first + ROWS : rows;
+        for (long start = 0; start < n; start += COLUMNS) {
+            long stop = start + COLUMNS < n ? start + COLUMNS : n, whole = start + (stop - start) / LANES * LANES;
+            for (long row = first; row < last; row += BLOCK) {
+                long count = last - row < BLOCK ? last - row : BLOCK;
+                for (long i = start; i < whole; i += LANES) { /* a vector of B^T serves all rows of the block */
+                    vector scale = *(const vector *)(column_scale + i), constant = *(const vector *)(bias + i);
+                    vector y[BLOCK];
+                    for (long k = 0; k < BLOCK; k++) { /* where there are fewer rows, the first of them again */
+                        long own = row + (k < count ? k : 0);
+                        vector sums = __builtin_convertvector(*(const integers *)(acc + own * n + i), vector);
+                        y[k] = sums * scale * row_scales[own] + constant;
+                    }
+                    for (long j = 0; j < r; j++)
+                        for (long k = 0; k < BLOCK; k++)
+                            y[k] += low_rank[(row + (k < count ? k : 0)) * r + j] * *(const vector *)(Bt + j * n + i);
+                    for (long k = 0; k < count; k++) *(vector *)(out + (row + k) * out_stride + i) = y[k];
+                }
+                for (long own = row; own < row + count; own++) {
+                    for (long i = whole; i < stop; i++) {
+                        float y = (float)acc[own * n + i] * column_scale[i] * row_scales[own] + bias[i];
+                        for (long j = 0; j < r; j++) y += low_rank[own * r + j] * Bt[j * n + i];
+                        out[own * out_stride + i] = y;
+                    }
+                }
+            }
+        }
+        for (long row = first; kv_qmax > 0 && row < last; row++) {
+            for (long part = 1; part < 3; part++) {
+                float *kv = out + row * out_stride + part * (n / 3);
+                float scale = row_scale(kv, n / 3, kv_qmax), divisor = scale == 0 ? 1 : scale;
+                for (long i = 0; i < n / 3; i++) kv[i] = rintf(kv[i] / divisor) * scale;
+            }
+        }
+    }
+}
+
+/* exp(x) for x <= 0 within 1e-7 of itself, exp(-87) at least; loops over it vectorize. 2^n exp(r) with a whole n and
+   |r| <= ln(2) / 2, exp(r) = 1 + r + r^2 p(r), p fitted by reweighted least squares. */
+static inline float exponential(float x) {
+    x = -87.0f > x ? -87.0f : x;
+    float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* adding 1.5 * 2^23 rounds to a whole number */
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;   /* ln 2 in two parts, the first exact times n */
+    float p = 0.49999994f + r * (0.166665211f + r * (0.041668389f + r * (0.00836871751f + r * 0.00138146023f)));
+    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return power * (1.0f + r * (1.0f + r * p));
+}
+
+/* out = x sigmoid(u), u = 2 sqrt(2 / pi) (x + 0.044715 x^3): GPT-2's tanh GELU. x, out: (rows, n). */
+void gelu_rows(const float *x, long rows, long n, long x_stride, float *out, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long row = 0; row < rows; row++) {
+        const float *in = x + row * x_stride;
+#pragma omp simd
+        for (long i = 0; i < n; i++) {
+            float u = 1.59576912f * in[i] * (1.0f + 0.044715f * in[i] * in[i]), e = exponential(-fabsf(u));
+            out[row * n + i] = in[i] * (u < 0 ? e : 1.0f) / (1.0f + e);
+        }
+    }
+}
+
+/* ---- causal attention */
+
+#define HEAD 64 /* features of a head, and keys in a chunk */
+
+/* out[q] = sum over k < count of weights[q][k] * rows[k], for q < BLOCK; each row HEAD floats */
+static inline void multiply(const float *weights, long weights_stride, const float *rows, long rows_stride,
+                            long count, float *out, long out_stride) {
+    for (int start = 0; start < HEAD; start += VECTORS * LANES) {
+        vector sums[BLOCK][VECTORS] = {0};
+        for (long k = 0; k < count; k++) {
+            const vector *row = (const vector *)(rows + k * rows_stride + start);
+            for (int q = 0; q < BLOCK; q++)
+                for (int v = 0; v < VECTORS; v++) sums[q][v] += weights[q * weights_stride + k] * row[v];
+        }
+        for (int q = 0; q < BLOCK; q++) memcpy(out + q * out_stride + start, sums[q], sizeof sums[q]);
+    }
+}
+
+/* scores[0..own) become exp(score - largest), scores[own..seen) 0; returns their sum */
+static float exponentials(float *scores, long own, long seen) {
+    float largest = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : largest)
+    for (long t = 0; t < own; t++) largest = scores[t] > largest ? scores[t] : largest;
+#pragma omp simd reduction(+ : sum)
+    for (long t = 0; t < own; t++) sum += scores[t] = exponential(scores[t] - largest);
+    for (long t = own; t < seen; t++) scores[t] = 0;
+    return sum;
+}
+
+/* softmax(scaling * q k^T) v, where token i sees tokens 0..i.
+   q, k, v: (batch, heads, length, HEAD) with their first three strides; out: (batch, length, heads, HEAD);
+   scratch: (threads, HEAD + BLOCK, padded), padded: length rounded up to whole chunks. */
+void attend(const float *q, const long *q_strides, const float *k, const long *k_strides, const float *v,
+            const long *v_strides, long batch, long heads, long length, float scaling, float *out, float *scratch,
+            long padded, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (long item = 0; item < batch * heads; item++) {
+        long b = item / heads, h = item % heads;
+        const float *Q = q + b * q_strides[0] + h * q_strides[1], *K = k + b * k_strides[0] + h * k_strides[1];
+        const float *V = v + b * v_strides[0] + h * v_strides[1];
+        float *keys = scratch + omp_get_thread_num() * (HEAD + BLOCK) * padded, *scores = keys + HEAD * padded;
+        for (long t = 0; t < padded; t++) /* scaled, transposed within each chunk: (chunk, feature, key) */
+            for (long f = 0; f < HEAD; f++)
+                keys[(t / HEAD * HEAD + f) * HEAD + t % HEAD] = t < length ? scaling * K[t * k_strides[2] + f] : 0;
+        for (long first = 0; first < length; first += BLOCK) {
+            long count = length - first < BLOCK ? length - first : BLOCK, seen = first + count;
+            float queries[BLOCK * HEAD], sums[BLOCK * HEAD], totals[BLOCK];
+            for (long i = 0; i < BLOCK; i++) /* the last block repeats its first query */
+                memcpy(queries + i * HEAD, Q + (i < count ? first + i : first) * q_strides[2], HEAD * sizeof *Q);
+            for (long start = 0; start < seen; start += HEAD)
+                multiply(queries, HEAD, keys + start * HEAD, HEAD, HEAD, scores + start, padded);
+            for (long i = 0; i < BLOCK; i++)
+                totals[i] = exponentials(scores + i * padded, i < count ? first + i + 1 : first + 1, seen);
+            multiply(scores, padded, V, v_strides[2], seen, sums, HEAD);
+            for (long i = 0; i < count; i++) {
+                float *y = out + ((b * length + first + i) * heads + h) * HEAD;
+                for (long f = 0; f < HEAD; f++) y[f] = sums[i * HEAD + f] / totals[i];
+            }
+        }
+    }
+}
