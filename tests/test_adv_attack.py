@@ -392,6 +392,8 @@ def test_random_precision_training_moves_the_adapter_of_the_drawn_width_and_resu
     saving = ["--save_strategy", "steps", "--save_steps", "2", "--do_eval"]
     whole = rpt(tiny_model, text_files, tmp_path / "whole", 5, *saving)
     checkpoint = tmp_path / "whole" / "checkpoint-2"
+    saved = [read(path)["bit_config"] for path in sorted((tmp_path / "whole").glob("checkpoint-*/config.json"))]
+    assert saved and all(bits["w_bits"] == 8 for config in saved for bits in config.values())
     resumed = rpt(tiny_model, text_files, tmp_path / "resumed", 5, *saving, "--resume_from_checkpoint", checkpoint)
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
     metrics = read(tmp_path / "whole" / "record.json")["metrics"]

@@ -30,7 +30,14 @@ SCRIPTS = {  # what is trained in float32
     "adv_attack/text_classification": (),
     "switch_precision/run_clm": ("--bit_widths", "16", "32", "--block_size", "24"),
 }
-CASES = {"even": (8, 1), "ragged": (7, 1), "accumulated": (16, 2), "ragged and accumulated": (11, 2), "rest": (5, 2)}
+CASES = {  # samples, batch of all processes, accumulated batches
+    "even": (8, 4, 1),
+    "ragged": (7, 4, 1),
+    "accumulated": (16, 4, 2),
+    "rest": (5, 4, 2),  # the second process has nothing new in the last batch
+    "ragged and accumulated": (11, 4, 2),
+    "ragged and large": (11, 8, 1),
+}
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +79,8 @@ def test_two_processes_equal_one(script, data, tiny_model, tmp_path):
         flags = ["--model_name_or_path", tiny_model, "--do_train", "--max_steps", "3", "--disable_tqdm", "True"]
         flags += ["--optim", "sgd", "--learning_rate", "0.1", "--lr_scheduler_type", "constant"]
         flags += ["--max_grad_norm", "1", "--save_strategy", "no", *SCRIPTS[script]]
-        for name, (samples, accumulated) in CASES.items():
-            case = [*data[module](samples), "--per_device_train_batch_size", str(4 // processes)]
+        for name, (samples, batch, accumulated) in CASES.items():
+            case = [*data[module](samples), "--per_device_train_batch_size", str(batch // processes)]
             case += ["--gradient_accumulation_steps", str(accumulated), "--output_dir", str(tmp_path / name)]
             case[-1] += f" {processes}"
             yield [*flags, *case]
@@ -97,5 +104,8 @@ def test_two_processes_equal_one(script, data, tiny_model, tmp_path):
         one, two = (flat(weights(f"{name} {processes}")) for processes in (1, 2))
         assert (one - start).norm() > 0.01, name
         assert (two - one).norm() / (one - start).norm() < 1e-5, name
+        if name == "ragged and large":
+            accumulated = flat(weights("ragged and accumulated 1"))
+            assert (accumulated - one).norm() / (one - start).norm() < 1e-5
         record = json.loads((tmp_path / f"{name} 2" / "record.json").read_text())
         assert record["world_size"] == 2 and record["steps"] == 3
