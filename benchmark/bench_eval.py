@@ -1,8 +1,8 @@
 """Questions a second of the SQuAD evaluation: on integers, batches by length, against fake quantization padded to 786.
 
-    python tests/bench_eval.py --tokenizer ../gpt2 --validation_file dev-v1.1.json      # about 10 minutes
+    python benchmark/bench_eval.py --tokenizer ../gpt2 --validation_file dev-v1.1.json      # about 10 minutes
 
-GPT-2 124M size with random weights and a LoRA bank, through switch_precision/run_qa_eval.py. Forward passes,
+GPT-2 124M size with random weights and a LoRA bank, through base_model/run_qa_eval.py. Forward passes,
 post-processing and scores count; loading and tokenizing, which both need once, do not. The padded way, that of the
 published code, runs on the first questions only, before and after the other, which takes them all.
 """
@@ -47,7 +47,7 @@ def main():
         def evaluate(name, execution, *flags):
             """(questions, seconds) of an evaluation as a user runs it."""
             record = os.path.join(folder, f"{name}.json")
-            command = [sys.executable, os.path.join(ROOT, "switch_precision", "run_qa_eval.py"), "--do_eval"]
+            command = [sys.executable, os.path.join(ROOT, "base_model", "run_qa_eval.py"), "--do_eval"]
             command += ["--model_name_or_path", os.path.join(folder, "model"), "--bit_configs", args.bit_config]
             command += ["--validation_file", args.validation_file, "--max_seq_length", "786", "--num_bootstrap", "10"]
             command += ["--per_device_eval_batch_size", "32", "--execution", execution, *flags]

@@ -24,19 +24,23 @@ import sys
 import tempfile
 import time
 
+import matplotlib
 import peers
 import torch
 from transformers.utils import logging as transformers_logging
 
-from allocation.plots import plt, save
-from common.arguments import option
-from common.flags import parse_args
-from common.record import relative_path, run_record, write_json_atomic, write_text_atomic
-from common.script import plain_errors
-from common.statistics import markdown_table
-from models.bit_config import describe_bit_config
-from models.errors import UserError
-from models.user_input import read_json
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "base_model"))
+from common.arguments import option  # noqa: E402
+from common.flags import parse_args  # noqa: E402
+from common.record import atomic_path, relative_path, run_record, write_json_atomic, write_text_atomic  # noqa: E402
+from common.script import plain_errors  # noqa: E402
+from common.statistics import markdown_table  # noqa: E402
+from models.bit_config import describe_bit_config  # noqa: E402
+from models.errors import UserError  # noqa: E402
+from models.user_input import read_json  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
 
 logger = logging.getLogger("benchmark")
 PAUSE = 0.01  # seconds before a timed run, in which the thread pool of the peer before stops spinning
@@ -216,7 +220,9 @@ def draw_accuracy_latency(points, shape, path):
     axes.margins(0.12)
     axes.grid(alpha=0.3)
     axes.legend()
-    save(figure, path)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+    plt.close(figure)
 
 
 def caption_lines(args, model, configs, disturbed, versions, left_out):
