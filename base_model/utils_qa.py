@@ -6,7 +6,6 @@ No model, trainer or command line here.
 """
 
 import logging
-import math
 import re
 import string
 from bisect import bisect_left, bisect_right
@@ -14,11 +13,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
 
-import datasets
 import numpy as np
-import pyarrow as pa
-from numpy.lib.stride_tricks import sliding_window_view
 
+from common.answer_spans import best_spans, column, feature_offsets, merge_windows
 from models.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -141,11 +138,11 @@ def gold_labels(features, examples) -> np.ndarray:
     Returns: (num_features, 2) int64.
     """
     spans = {}
-    for example_id, answers in zip(_column(examples, "id"), _column(examples, "answers"), strict=True):
+    for example_id, answers in zip(column(examples, "id"), column(examples, "answers"), strict=True):
         text, start = answers["text"][0], answers["answer_start"][0]
         start += len(text) - len(text.lstrip())
         spans[example_id] = start, start + len(text.strip())
-    example_ids, bounds, char_starts, char_ends = _feature_offsets(features)
+    example_ids, bounds, char_starts, char_ends = feature_offsets(features)
     labels = np.full((len(example_ids), 2), NULL_POSITION)
     for window, example_id in enumerate(example_ids):
         tokens = slice(bounds[window], bounds[window + 1])
@@ -179,10 +176,15 @@ def postprocess_qa_predictions(
         examples. A text is a slice of the context without outer whitespace; the lists hold up to n_best_size different
         places, best first; probability is the softmax of the scores in the list. No candidate: "" and [].
     Raises: ValueError for other shapes, NaN or +inf logits, a feature of an unknown example.
+
+    Example: context "red kite" in five tokens Q, newline, "red", " kite", padding: offset_mapping is [None, None,
+        [0, 3], [3, 8]]. With start logits (9, 9, 2, 1, 9) and end logits (9, 9, 0, 3, 9) the spans are "red kite"
+        2 + 3, "kite" 1 + 3 and "red" 2 + 0: question and padding are not read. The text is "red kite", its probability
+        that of 5 among 5, 4 and 2.
     """
     if n_best_size < 1 or max_answer_length < 1:
         raise UserError(f"n_best_size={n_best_size}, max_answer_length={max_answer_length}; allowed: 1 or more")
-    example_ids, bounds, char_starts, char_ends = _feature_offsets(features)
+    example_ids, bounds, char_starts, char_ends = feature_offsets(features)
     longest = int(np.diff(bounds).max(initial=0))
     logits = [np.asarray(array) for array in predictions]
     if len(logits) != 2 or any(
@@ -192,7 +194,7 @@ def postprocess_qa_predictions(
             f"predictions have the shapes {[array.shape for array in logits]}; allowed: start and end logits of shape "
             f"({len(example_ids)} features, {longest} tokens or more)"
         )
-    ids, contexts = _column(examples, "id"), _column(examples, "context")
+    ids, contexts = column(examples, "id"), column(examples, "context")
     windows_of: dict[str, list[int]] = {example_id: [] for example_id in ids}
     for window, example_id in enumerate(example_ids):
         if example_id not in windows_of:
@@ -215,88 +217,13 @@ def postprocess_qa_predictions(
             start_logits, end_logits = (array[window, tokens - bounds[window]].astype(np.float64) for array in logits)
             if not ((start_logits < np.inf).all() and (end_logits < np.inf).all()):
                 raise UserError(f"example {example_id!r}: found NaN or +inf logits; allowed: numbers, or -inf")
-            first, last = _best_spans(
+            first, last = best_spans(
                 start_logits, end_logits, visible[begins], visible[ends], n_best_size, max_answer_length
             )
             candidates.append((begins[first], ends[last], start_logits[first], end_logits[last]))
-        nbest[example_id] = _merge_windows(context, candidates, n_best_size)
+        nbest[example_id] = merge_windows(context, candidates, n_best_size)
         texts[example_id] = nbest[example_id][0]["text"] if nbest[example_id] else ""
     return texts, nbest
-
-
-def _feature_offsets(features):
-    """Returns example_ids, bounds (num_features + 1,), and start and end characters of all tokens, -1 off the context.
-
-    The tokens of feature i are bounds[i]:bounds[i + 1]. Read through Arrow: no Python object for each token.
-    """
-    if isinstance(features, datasets.Dataset):
-        table = features.select_columns(["example_id", "offset_mapping"]).with_format("arrow")[:]
-        example_ids, offsets = table["example_id"].to_pylist(), table["offset_mapping"].combine_chunks()
-    else:
-        example_ids = _column(features, "example_id")
-        offsets = pa.array(_column(features, "offset_mapping"), type=pa.list_(pa.list_(pa.int64())))
-    pairs = offsets.values
-    is_context = pairs.is_valid().to_numpy(zero_copy_only=False)
-    position = pairs.offsets.to_numpy()[:-1][is_context]
-    characters = pairs.values.to_numpy(zero_copy_only=False)
-    starts, ends = np.full(len(pairs), -1), np.full(len(pairs), -1)
-    starts[is_context], ends[is_context] = characters[position], characters[position + 1]
-    return example_ids, offsets.offsets.to_numpy(), starts, ends
-
-
-def _best_spans(start_logits, end_logits, visible_before, visible_until, n_best: int, max_tokens: int):
-    """The n best spans of one window, ties by (first, last) token.
-
-    Args: start_logits, end_logits: (tokens,) float64. visible_before, visible_until: (tokens,) how many characters of
-        the context that are not whitespace come before the token's start, and before its end.
-    Returns: first and last token of each span, two arrays of at most n_best, in no particular order.
-    """
-    width = min(max_tokens, len(start_logits))
-    if not width:
-        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    # (tokens, width): row i, column k is the span from token i to token i + k
-    scores = start_logits[:, None] + sliding_window_view(np.append(end_logits, np.full(width - 1, -np.inf)), width)
-    if (visible_until <= visible_before).any():
-        until = sliding_window_view(np.append(visible_until, np.zeros(width - 1, dtype=np.int64)), width)
-        scores[until <= visible_before[:, None]] = -np.inf
-    scores = scores.ravel()
-    picked = np.arange(scores.size)
-    if scores.size > n_best:
-        threshold = np.partition(scores, scores.size - n_best)[scores.size - n_best]
-        above = np.flatnonzero(scores > threshold)
-        # raveled order is (first, last) order: of equal scores the earliest are taken
-        picked = np.append(above, np.flatnonzero(scores == threshold)[: n_best - above.size])
-    picked = picked[scores[picked] > -np.inf]
-    return picked // width, picked // width + picked % width
-
-
-def _merge_windows(context: str, candidates: list[tuple], n_best: int) -> list[dict]:
-    """The n best of the windows' (begin characters, end characters, start logits, end logits), a place only once."""
-    if not candidates:
-        return []
-    begins, ends, start_logits, end_logits = map(np.concatenate, zip(*candidates))
-    scores = start_logits + end_logits
-    entries = {}
-    for index in np.lexsort((-start_logits, ends, begins, -scores)).tolist():
-        span = context[begins[index] : ends[index]]
-        text = span.strip()
-        # windows overlap, and whitespace tokens give several spans of the same text
-        place = (begins[index] + len(span) - len(span.lstrip()), len(text))
-        if len(entries) < n_best and place not in entries:
-            entries[place] = (text, float(start_logits[index]), float(end_logits[index]), scores[index])
-    best = list(entries.values())
-    weights = [math.exp(score - best[0][-1]) for *_, score in best]
-    total = sum(weights)
-    return [
-        {"text": text, "start_logit": start, "end_logit": end, "probability": weight / total}
-        for (text, start, end, _), weight in zip(best, weights)
-    ]
-
-
-def _column(rows, name: str) -> list:
-    if isinstance(rows, datasets.Dataset | Mapping):
-        return list(rows[name])
-    return [row[name] for row in rows]
 
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)

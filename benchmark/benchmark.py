@@ -159,11 +159,11 @@ def time_row(taken, reference, batch, training):
 
 
 def memory_of(name, config, args):
-    """Memory of one peer (see peers.measure_memory), from a process of its own."""
+    """Memory of one peer (see memory.py), from a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         settings, output = os.path.join(folder, "settings.json"), os.path.join(folder, "memory.json")
         write_json_atomic(settings, vars(args) | {"peer": name, "config": config, "output": output})
-        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "peers.py")
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "memory.py")
         done = subprocess.run([sys.executable, script, settings], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"memory of {name}: its process ended with {done.returncode}\n{done.stderr[-2000:]}")

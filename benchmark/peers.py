@@ -5,19 +5,12 @@ others carry the same base and head without adapters, which is in their favour: 
 GPT-2 as shipped; torchao and onnxruntime quantize that model (without its KV cache, which nothing reads);
 bitsandbytes' layers sit in this repository's GPT-2, which is faster than the stock one outside the linears.
 
-    python peers.py SETTINGS.json       # started by benchmark.py: memory of one peer in a process of its own
 """
 
-import argparse
-import ctypes
-import gc
 import importlib
-import json
 import logging
 import os
-import re
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,17 +19,15 @@ from safetensors.torch import save
 from torch import nn
 from transformers import GPT2Config, GPT2ForQuestionAnswering
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "base_model"))
 from common.loading import resolve_configs, trained_configs  # noqa: E402
-from common.record import write_json_atomic  # noqa: E402
 from models.bitsandbytes_ptq import quantize_with_bitsandbytes  # noqa: E402
 from models.errors import UserError  # noqa: E402
 from models.exported import exported_state, served_widths  # noqa: E402
 from models.fast.integer import unpack_int4  # noqa: E402
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering  # noqa: E402
-from models.quantization import FLOAT_BITS, dequantize  # noqa: E402
+from models.quantization import dequantize  # noqa: E402
 
 REFERENCE = "fp32"
 # {name: (label, packages)}
@@ -325,69 +316,3 @@ def exported_size(model, configs):
         return stored_size(exported_state(model, served_widths(configs))[0])
     except ValueError:
         return stored_size(model.state_dict())
-
-
-def keep_only(model, resolved, execution):
-    """Leave what serving one config needs: its adapters and, on integers, its codes in place of the float weights."""
-    model.set_bit_config(resolved)
-    for layer in model.quant_layers().values():
-        for key in set(layer.lora_A) - {layer.adapter}:
-            del layer.lora_A[key], layer.lora_B[key]
-        if execution == "integer" and layer.w_bits not in FLOAT_BITS and layer.a_bits not in FLOAT_BITS:
-            layer.set_stored_codes(layer.stored_codes([layer.w_bits]))
-
-
-# ---- memory, in a process of its own
-
-
-def _resident(field):
-    """VmRSS (now) or VmHWM (peak) of this process in bytes."""
-    with open("/proc/self/status", encoding="ascii") as file:
-        return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", file.read())[1])
-
-
-def _peak_of(run, cuda):
-    """Peak bytes while `run` runs: allocated on the GPU, or resident in the host's memory."""
-    gc.collect()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)  # what building the peer left behind
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")  # VmHWM starts anew
-    run()
-    return _resident("VmHWM")
-
-
-def measure_memory(args):
-    """{"peak_bytes": {shape: above the state before loading}, "linear_bytes", "stored_bytes"} of one peer."""
-    torch.set_num_threads(args.threads)
-    cuda = args.device == "cuda"
-    why_missing(args.peer, args.device)  # imports its packages
-    if args.peer in COMPILED:
-        torch.compile(lambda x: x + 1)(torch.ones(2, device=args.device))  # loads the compiler
-    before = 0 if cuda else _resident("VmRSS")
-    model, configs = load(args)
-    resolved = configs.get(args.config)
-    if not args.training and args.peer in OURS:
-        keep_only(model, resolved, OURS[args.peer][1]["execution"])
-    peer = build(args.peer, model, resolved, args)
-    vocabulary = model.config.vocab_size
-    del model
-    peer.prepare()
-    found = {"peak_bytes": {}}
-    with torch.set_grad_enabled(args.training):
-        for shape in args.shapes:
-            ids = torch.randint(0, vocabulary, tuple(map(int, shape.split("x"))), device=args.device)
-            peer.run(ids)
-            found["peak_bytes"][shape] = _peak_of(lambda: peer.run(ids), cuda) - before  # noqa: B023 - runs at once
-    return found | {"linear_bytes": peer.linear_bytes(), "stored_bytes": peer.stored_bytes()}
-
-
-if __name__ == "__main__":
-    warnings.filterwarnings("ignore")
-    transformers_logging.set_verbosity_error()
-    with open(sys.argv[1], encoding="utf-8") as settings_file:
-        settings = argparse.Namespace(**json.load(settings_file))
-    write_json_atomic(settings.output, measure_memory(settings))

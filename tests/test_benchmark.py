@@ -16,7 +16,8 @@ from transformers import GPT2ForQuestionAnswering
 
 from conftest import ROOT, experiment
 
-with experiment("switch_precision"):
+with experiment("benchmark"):
+    import memory
     import peers
 
     import benchmark
@@ -234,30 +235,30 @@ def test_exported_checkpoints(main, bank, tmp_path):
 @pytest.fixture
 def only_sizes(monkeypatch):
     """No peaks: in the tests' own process they mean nothing and take seconds."""
-    monkeypatch.setattr(peers, "_peak_of", lambda run, cuda: 0)
+    monkeypatch.setattr(memory, "_peak_of", lambda run, cuda: 0)
 
 
 @pytest.mark.parametrize("config", ["W8A8KV8", "W4A8KV8"])
 def test_sizes_of_ours(config, only_sizes, tmp_path):
     args = settings(peer="integer", config=config)
-    found = peers.measure_memory(args)
+    found = memory.measure_memory(args)
     model, configs = peers.load(args)
     assert found["linear_bytes"] == describe_bit_config(configs[config], model.layer_shapes())["weight_bytes"]
     save_exported(model, tmp_path, served_widths([configs[config]]), configs[config])
     assert abs(found["stored_bytes"] - os.path.getsize(tmp_path / "model.safetensors")) < 100
     floats = sum(4 * out * inp for out, inp in model.layer_shapes().values())
-    fake = peers.measure_memory(settings(peer="fake", config=config))
+    fake = memory.measure_memory(settings(peer="fake", config=config))
     assert floats < fake["linear_bytes"] and fake["stored_bytes"] > floats
-    reference = peers.measure_memory(settings(peer="fp32"))
+    reference = memory.measure_memory(settings(peer="fp32"))
     assert reference["linear_bytes"] == floats
-    assert peers.measure_memory(settings(peer="bf16"))["linear_bytes"] == floats // 2
+    assert memory.measure_memory(settings(peer="bf16"))["linear_bytes"] == floats // 2
     parameters = 4 * sum(p.numel() for p in peers.stock_gpt2(model).parameters())
     assert parameters < reference["stored_bytes"] < parameters + 8000
 
 
 def test_configs_with_float_linears_are_sized_as_float_checkpoints(only_sizes):
-    found = peers.measure_memory(settings(peer="integer", config="W32A32KV32", bit_configs=["32"]))
-    assert found["stored_bytes"] > peers.measure_memory(settings(peer="fp32"))["stored_bytes"]
+    found = memory.measure_memory(settings(peer="integer", config="W32A32KV32", bit_configs=["32"]))
+    assert found["stored_bytes"] > memory.measure_memory(settings(peer="fp32"))["stored_bytes"]
 
 
 def test_memory_is_measured_in_a_process_of_its_own():
@@ -282,10 +283,10 @@ def test_a_failing_memory_process_says_why(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("model", ["my model", None])
 def test_shell_script_runs_from_anywhere_and_passes_flags_on(model, python_stub, tmp_path):
-    folder = tmp_path / "with space"
-    folder.mkdir()
-    for name in ("bench.sh", "common.sh"):
-        shutil.copy(ROOT / "switch_precision" / name, folder)
+    folder = tmp_path / "with space" / "benchmark"
+    for name in ("benchmark/bench.sh", "base_model/common.sh"):
+        (folder.parent / name).parent.mkdir(parents=True)
+        shutil.copy(ROOT / name, folder.parent / name)
     environment, calls = python_stub
     environment |= {"MODEL": model, "OUTPUT_DIR": "my out", "BIT_CONFIG": "my config.json"} if model else {}
     subprocess.run(["bash", str(folder / "bench.sh"), "--rounds", "3"], check=True, env=environment, cwd="/")
