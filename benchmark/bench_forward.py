@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2ForQuestionAnswering
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "base_model"))
 from common.record import run_record, write_json_atomic  # noqa: E402
-from models import integer, kernels  # noqa: E402
+from models.fast import integer, kernels  # noqa: E402
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering  # noqa: E402
 
 REFERENCE = "float32 transformers, eager"

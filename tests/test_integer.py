@@ -4,12 +4,12 @@ import itertools
 import logging
 import shutil
 
-import models.integer as integer
-import models.kernels as kernels
 import pytest
 import torch
 import torch.nn.functional as F
 
+import models.fast.integer as integer
+import models.fast.kernels as kernels
 import models.modeling_gpt2_quant as modeling
 from models.fast.integer import integer_linear, pack_int4, unpack_int4
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering, QuantLinear, TanhGELU
@@ -45,7 +45,7 @@ def make_layer(inp=24, out=36, kv=True, lora=True, seed=0):
     layer = QuantLinear(inp, out, with_kv=kv)
     torch.nn.init.normal_(layer.bias)
     if lora:
-        layer.add_lora(["shared"], r=3, alpha=6)
+        layer.add_lora(["shared"], r=3, lora_alpha=6)
         torch.nn.init.normal_(layer.lora_B["shared"].weight, std=0.1)
     layer.weight.requires_grad_(False)
     layer.bias.requires_grad_(False)

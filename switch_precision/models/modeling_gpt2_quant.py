@@ -54,7 +54,7 @@ class QuantLinear(nn.Module):
         nn.init.zeros_(self.bias)
         self.w_bits, self.a_bits, self.kv_bits = 32, 32, 32 if with_kv else None
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()  # peft's names; keys "4", "8", ... or "shared"
-        self.lora_scaling = 0.0
+        self.scaling = 0.0
         self.execution, self.backward_dtype = "fake", None
         self._quantized, self._quantized_from = {}, None  # {w_bits: (codes, packed up to 4 bits; scale)}
 
@@ -67,7 +67,7 @@ class QuantLinear(nn.Module):
         layer.bias = nn.Parameter(conv.bias.detach())
         return layer
 
-    def add_lora(self, keys, r, alpha):
+    def add_lora(self, keys, r, lora_alpha):
         """One adapter per key: A (r, in) as in peft, B (out, r) = 0, so that a new adapter changes nothing.
 
         All keys start from the same A: trained together they stay near each other, which a shared head and mixed
@@ -80,10 +80,10 @@ class QuantLinear(nn.Module):
             self.lora_B[key] = nn.Linear(r, self.out_features, bias=False)
             self.lora_A[key].weight.data.copy_(start)
             nn.init.zeros_(self.lora_B[key].weight)
-        self.lora_scaling = alpha / r
+        self.scaling = lora_alpha / r
 
     @property
-    def adapter(self):
+    def active_adapter(self):
         """Key of the adapter in use, None without a bank."""
         if not self.lora_A:
             return None
@@ -173,15 +173,15 @@ class QuantLinear(nn.Module):
             self.clear_quantized()  # codes of a time when it was frozen
         shape = (*x.shape[:-1], self.out_features)
         x = x.reshape(-1, self.in_features)  # (tokens, in)
-        key = self.adapter
+        key = self.active_adapter
         if torch.is_grad_enabled() or not self._on_integers(x):
             y = self._product(x)
             if key is not None:
                 low_rank = F.linear(x, self.lora_A[key].weight)  # (tokens, r)
                 # In place: y is fresh, and nothing needs its old value for the backward pass.
-                y.addmm_(low_rank.to(y.dtype), self.lora_B[key].weight.t().to(y.dtype), alpha=self.lora_scaling)
+                y.addmm_(low_rank.to(y.dtype), self.lora_B[key].weight.t().to(y.dtype), alpha=self.scaling)
             return fake_quantize_kv_(y, self.kv_bits).view(shape)
-        lora = None if key is None else (self.lora_A[key].weight, self.lora_B[key].weight, self.lora_scaling)
+        lora = None if key is None else (self.lora_A[key].weight, self.lora_B[key].weight, self.scaling)
         weight = self.quantized_weight()
         return integer_linear(x, *weight, self.bias, self.a_bits, lora, self.kv_bits).view(shape)
 
@@ -307,8 +307,8 @@ class QuantGPT2Mixin:
         return resolved
 
     @contextlib.contextmanager
-    def bit_config(self, config):
-        """`with model.bit_config(config):` runs the body under `config` and restores the former bits in any case.
+    def at_bits(self, config):
+        """`with model.at_bits(config):` runs the body under `config` and restores the former bits in any case.
 
         With gradient checkpointing call backward inside the body: the recomputation reads the bits again.
         """
@@ -374,24 +374,25 @@ class QuantGPT2Mixin:
 
     # ---- LoRA
 
-    def add_lora(self, bank, r=None, alpha=None):
+    def add_lora(self, bank, r=None, lora_alpha=None):
         """Add the adapters, freeze the base, and leave adapters and head trainable.
 
         Args:
             bank: widths served by an adapter of their own (4, 8 or "4", "8", ...), or ["shared"]: one for all widths.
-            r: rank (None: 8); alpha: scaling is alpha / r (None: 16).
+            r: rank (None: 8); lora_alpha: the adapters are scaled by lora_alpha / r (None: 16).
         Raises:
             ValueError: adapters present already, bad widths or rank.
         """
-        bank, r, alpha = [str(key) for key in bank], 8 if r is None else r, 16 if alpha is None else alpha
+        bank = [str(key) for key in bank]
+        r, lora_alpha = 8 if r is None else r, 16 if lora_alpha is None else lora_alpha
         allowed = {str(bits) for bits in (2, 3, 4, 5, 6, 7, 8, 16, 32)}
         if self.config.lora_bank:
             raise UserError(f"the model has a LoRA bank already: {self.config.lora_bank}")
         if bank != ["shared"] and (not bank or len(set(bank)) < len(bank) or not set(bank) <= allowed):
             raise UserError(f'LoRA bank {bank}: allowed are different bit-widths (2 to 8, 16, 32) or ["shared"]')
-        if r < 1 or alpha <= 0:
-            raise UserError(f"LoRA r = {r}, alpha = {alpha}: both must be positive")
-        self.config.lora_bank, self.config.lora_r, self.config.lora_alpha = bank, r, alpha
+        if r < 1 or lora_alpha <= 0:
+            raise UserError(f"LoRA r = {r}, alpha = {lora_alpha}: both must be positive")
+        self.config.lora_bank, self.config.lora_r, self.config.lora_alpha = bank, r, lora_alpha
         self._add_adapters()
         widths = [key for key in bank if key != "shared"]
         if widths:
