@@ -9,11 +9,12 @@ from transformers import GPT2LMHeadModel
 from conftest import experiment
 from models.exported import save_exported, served_widths
 from models.fast.integer import int_mm, integer_linear, is_supported
-from models.kv_cache import QuantizedKVCache
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering, QuantGPT2LMHeadModel, QuantLinear
 from models.quantization import fake_quantize, quantize
 from test_modeling import PAIRS, batch, tiny_config
 
+with experiment("language_model"):
+    from models.kv_cache import QuantizedKVCache
 with experiment("switch_precision"):
     import adaptive_lora_trainer as training
 
@@ -93,7 +94,7 @@ def test_integer_execution_agrees_with_fake_quantization(w_bits, a_bits, kv_bits
     assert_close_to_scale(found, expected, 1e-5)
     layer.kv_bits = kv_bits
     outputs = []
-    for layer.execution in ("fake", "integer"):
+    for layer.execution.kind in ("fake", "integer"):
         with torch.no_grad():
             outputs.append(layer(x[None])[0])
     step = expected[:, 768:].abs().max() / (2 ** (kv_bits - 1) - 1)  # rounding may move K and V by one code

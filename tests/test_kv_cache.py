@@ -1,16 +1,19 @@
 """The KV cache of integer codes: the same values, the same logits, less memory."""
 
 import json
-import pathlib
 
 import pytest
 import torch
 from transformers import AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from models.kv_cache import QuantizedKVCache, QuantizedKVLayer, cache_bytes, recover_codes
-from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering, QuantGPT2LMHeadModel
-from models.quantization import dequantize, fake_quantize, quantize
+from conftest import experiment
+
+with experiment("language_model"):
+    from models.kv_cache import QuantizedKVCache, QuantizedKVLayer, cache_bytes, recover_codes
+
+    from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering, QuantGPT2LMHeadModel
+    from models.quantization import dequantize, fake_quantize, quantize
 
 MIXED = {"default": 8, "transformer.h.1.*": {"w_bits": 4, "a_bits": 8}, "transformer.h.1.attn.c_attn": {"kv_bits": 3}}
 CONFIGS = [8, 4, "W8A8KV4", 32, "W32A32KV5", MIXED]
@@ -227,12 +230,6 @@ def test_refusals(model, ids):
             cache.crop(3)
     with model.at_bits(4), pytest.raises(ValueError, match="bits of the model were changed"):
         decode(model, ids[:, :1], cache, [1])
-
-
-def test_folders_hold_the_copy():
-    root = pathlib.Path(__file__).resolve().parents[1]
-    for folder in root.glob("*/models"):
-        assert (folder / "kv_cache.py").is_file(), f"{folder} has no kv_cache.py"
 
 
 def test_bits_of_more_than_ten_blocks_after_saving(tmp_path):

@@ -229,7 +229,7 @@ def test_bf16_autocast_keeps_float32_scales(model):
 
 
 def count_quantize(monkeypatch):
-    import models.modeling_gpt2_quant as module
+    import models.quant_linear as module
 
     calls = []
     original = module.quantize
@@ -299,7 +299,7 @@ def test_fused_optimizers_leave_no_stale_codes(bits, execution):
     """torch's fused AdamW changes a weight without raising its version counter."""
     torch.manual_seed(0)
     layer, x = QuantLinear(8, 4), torch.randn(3, 8)
-    layer.w_bits, layer.a_bits, layer.execution = bits, 8, execution
+    layer.w_bits, layer.a_bits, layer.execution.kind = bits, 8, execution
     optimizer = torch.optim.AdamW([layer.weight], lr=1.0, fused=True)
 
     def is_current():
