@@ -54,7 +54,7 @@ def evaluate_attack(name, attack, configs, model, reference, tokenizer, samples,
     quality = {kind: text_quality(reference, tokenizer, texts, ones, length) for kind, ones in singles.items()}
     rows = []
     for config, resolved in configs.items():
-        with model.bit_config(resolved):
+        with model.at_bits(resolved):
             for kind, key in kinds.items():
                 if kind == "optimized" or (kind, config) not in cache:
                     cache[kind, config] = correct_table(model, tokenizer, texts, key, samples, length)

@@ -45,7 +45,7 @@ class Attack:
         samples = embeds.shape[1]
         precisions, total = self.step_precisions(step), 0.0
         for config in precisions:
-            with self.model.bit_config(config):
+            with self.model.at_bits(config):
                 logits = last_position_logits(self.model, lengths.repeat_interleave(samples), embeds.flatten(0, 1))
             logits = logits.float().unflatten(0, (-1, samples))
             if self.args.adv_loss == "cw":

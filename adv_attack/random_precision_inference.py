@@ -145,7 +145,7 @@ def measure(model_args, tokenizer, model, attacks, configs, args, samples):
 
     columns = {}
     for name, resolved in configs.items():
-        with model.bit_config(resolved):
+        with model.at_bits(resolved):
             columns[name] = column(model)
     for method in args.bitsandbytes:
         columns[LABELS[method]] = column(quantize_with_bitsandbytes(load_classifier(model_args, tokenizer), method))

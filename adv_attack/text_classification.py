@@ -118,7 +118,7 @@ def build_model(model_args, training, tokenizer, num_labels):
     bits = model_args.bit_config if model_args.bit_config is not None else max(widths, default=None)
     lora = model_args.add_lora or (bits is not None and not model_args.train_all_weights)
     if training and lora and not model.config.lora_bank:
-        with model.bit_config(bits or 32) as resolved:
+        with model.at_bits(bits or 32) as resolved:
             bank = widths or sorted({layer["w_bits"] for layer in resolved.values()})
         model.add_lora(["shared"] if model_args.add_lora else bank, model_args.lora_r, model_args.lora_alpha)
     if bits is not None:
@@ -148,7 +148,7 @@ class ClassificationTrainer(StepMeanTrainer):
         bits = plain.config.bit_config
         if self.random_widths:
             bits = width_for_step(self.state.global_step, self.args.seed, self.random_widths)
-        with plain.bit_config(bits) as resolved:  # what is saved stands at the bits that were set
+        with plain.at_bits(bits) as resolved:  # what is saved stands at the bits that were set
             loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise FloatingPointError(
@@ -185,7 +185,7 @@ def run(trainer, folder, training_args, widths):
     if training_args.do_eval:
         for bits in widths or [None]:
             prefix = f"eval_{bits}bit" if bits else "eval"
-            with trainer.model.bit_config(bits) if bits else contextlib.nullcontext():
+            with trainer.model.at_bits(bits) if bits else contextlib.nullcontext():
                 scores = trainer.evaluate(metric_key_prefix=prefix)
             metrics |= scores
             trainer.log_metrics(prefix, scores)

@@ -74,7 +74,7 @@ def build_model(model_args, training, tokenizer):
     if bits is not None and (model.config.lora_bank or not training):
         model.set_bit_config(bits)
     elif bits is not None:
-        with model.bit_config(bits) as resolved:
+        with model.at_bits(bits) as resolved:
             widths = sorted({layer["w_bits"] for layer in resolved.values()})
         model.add_lora(widths, model_args.lora_r, model_args.lora_alpha)
         name = short_name(model.set_bit_config(bits))

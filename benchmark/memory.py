@@ -20,7 +20,7 @@ def keep_only(model, resolved, execution):
     """Leave what serving one config needs: its adapters and, on integers, its codes in place of the float weights."""
     model.set_bit_config(resolved)
     for layer in model.quant_layers().values():
-        for key in set(layer.lora_A) - {layer.adapter}:
+        for key in set(layer.lora_A) - {layer.active_adapter}:
             del layer.lora_A[key], layer.lora_B[key]
         if execution == "integer" and layer.w_bits not in FLOAT_BITS and layer.a_bits not in FLOAT_BITS:
             layer.set_stored_codes(layer.stored_codes([layer.w_bits]))

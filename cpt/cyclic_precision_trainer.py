@@ -156,7 +156,7 @@ class CyclicPrecisionTrainer(QuestionAnsweringTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         step = self.state.global_step
         bits = self._steps_since_log[step] = self.schedule[step]
-        with self.accelerator.unwrap_model(model).bit_config(self.to_config(bits)):
+        with self.accelerator.unwrap_model(model).at_bits(self.to_config(bits)):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs, start_time=None):

@@ -121,7 +121,7 @@ class RangeTestTrainer(CyclicPrecisionTrainer):
         """Accuracies of the first `window` batches, or of all where there are fewer, without training."""
         counts = []
         self.model.train()
-        with self.model.bit_config(self.to_config(self.schedule[0])), self.compute_loss_context_manager():
+        with self.model.at_bits(self.to_config(self.schedule[0])), self.compute_loss_context_manager():
             for inputs in itertools.islice(self.get_train_dataloader(), window):
                 inputs = self._prepare_inputs(inputs)
                 counts.append(count_right(inputs, self.model(**inputs)))

@@ -61,7 +61,7 @@ def perplexity_of_configs(model, configs, tokens, block_size, stride, batch_size
     rows, shapes = [], model.layer_shapes()
     for name, config in configs.items():
         start, size = time.time(), describe_bit_config(config, shapes)
-        with model.bit_config(config):
+        with model.at_bits(config):
             found = perplexity(model, tokens, block_size, stride, batch_size, half)
         row = {"config": name, "average_w_bits": size["average_w_bits"], "weight_mb": size["weight_bytes"] / 1e6}
         rows.append({**row, "perplexity": found, "seconds": round(time.time() - start, 2)})

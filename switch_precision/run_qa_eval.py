@@ -121,7 +121,7 @@ class Evaluator:
         folder = os.path.join(self.folder, f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)[:100]}-{digest}")
         self.training_args.output_dir = folder  # where the trainer writes the predictions
         try:
-            with self.model.bit_config(resolved):
+            with self.model.at_bits(resolved):
                 texts, metrics = self.trainer.predict(self.features, self.examples, metric_key_prefix="eval")
         finally:
             self.training_args.output_dir = self.folder

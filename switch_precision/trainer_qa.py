@@ -91,7 +91,7 @@ class QuestionAnsweringTrainer(StepMeanTrainer):
             return self._score(texts, examples, metric_key_prefix) | {f"{metric_key_prefix}_loss": loss}
 
         for name, config in self.configs:
-            with self.accelerator.unwrap_model(self.model).bit_config(config):
+            with self.accelerator.unwrap_model(self.model).at_bits(config):
                 scores[name] = score(f"{metric_key_prefix}_{name}")
         metrics = {f"{key}_{name}": value for name, found in scores.items() for key, value in found.items()}
         passes = list(scores.values()) or [score(metric_key_prefix)]

@@ -196,7 +196,7 @@ def make_attack(models, tokenizer, bits=(8,), **changes):
     model, reference = models
     configs = []
     for one in bits:
-        with model.bit_config(one) as resolved:
+        with model.at_bits(one) as resolved:
             configs.append(resolved)
     idf = torch.linspace(0.5, 2.0, len(tokenizer))
     return whitebox_attack.Attack(
@@ -213,7 +213,7 @@ def test_logits_at_the_last_position_equal_upstream_without_padding(models, toke
     model, _ = models
     lists = [text["tokens"] for text in rows(tokenizer, *TEXTS)]
     ids, lengths = classifier.pad_right(lists, tokenizer.eos_token_id)
-    with torch.no_grad(), model.bit_config(4):
+    with torch.no_grad(), model.at_bits(4):
         padded = classifier.last_position_logits(model, lengths, model.transformer.wte(ids))
         alone = torch.cat([model(input_ids=torch.tensor([tokens])).logits for tokens in lists])
     torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-5)

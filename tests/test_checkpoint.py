@@ -40,7 +40,7 @@ def pristine(tiny_model, tmp_path_factory):
     torch.manual_seed(3)
     model = QuantGPT2ForQuestionAnswering.from_pretrained(tiny_model)
     model.save_pretrained(folders["full"])
-    model.add_lora([4, 8], r=4, alpha=12)
+    model.add_lora([4, 8], r=4, lora_alpha=12)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)

@@ -35,7 +35,7 @@ def model(tiny_model):
 def export(model, folder, *configs, **options):
     resolved = []
     for config in configs:
-        with model.bit_config(config) as found:
+        with model.at_bits(config) as found:
             resolved.append(found)
     return save_exported(model, folder, served_widths(resolved), resolved[0], **options)
 
@@ -131,7 +131,7 @@ def test_bitsandbytes_needs_float_weights(model, tmp_path):
 
 
 def test_float_layers_cannot_be_exported(model):
-    with model.bit_config({"default": 8, "transformer.h.1.mlp.*": {"w_bits": 8}}) as fine:
+    with model.at_bits({"default": 8, "transformer.h.1.mlp.*": {"w_bits": 8}}) as fine:
         served_widths([fine])
     broken = {**fine, "transformer.h.1.mlp.c_fc": {"w_bits": 16, "a_bits": 8}}
     with pytest.raises(ValueError, match=r'"transformer\.h\.1\.mlp\.c_fc"\.w_bits = 16 .* 2 to 8 bits'):

@@ -9,11 +9,12 @@ from transformers import GPT2LMHeadModel
 from conftest import experiment
 from models.exported import save_exported, served_widths
 from models.fast.integer import int_mm, integer_linear, is_supported
-from models.kv_cache import QuantizedKVCache
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering, QuantGPT2LMHeadModel, QuantLinear
 from models.quantization import fake_quantize, quantize
 from test_modeling import PAIRS, batch, tiny_config
 
+with experiment("language_model"):
+    from models.kv_cache import QuantizedKVCache
 with experiment("switch_precision"):
     import adaptive_lora_trainer as training
 
@@ -79,21 +80,21 @@ def test_integer_execution_agrees_with_fake_quantization(w_bits, a_bits, kv_bits
     """The codes are equal by the test above; the sums then agree to float rounding."""
     torch.manual_seed(0)
     layer = QuantLinear(768, 2304, with_kv=True)
-    layer.add_lora([str(w_bits)], r=8, alpha=16)
+    layer.add_lora([str(w_bits)], r=8, lora_alpha=16)
     torch.nn.init.normal_(layer.lora_B[str(w_bits)].weight, std=0.02)
     torch.nn.init.normal_(layer.bias)
     layer.requires_grad_(False).to(device)
     layer.w_bits, layer.a_bits = w_bits, a_bits
     x = torch.randn(40, 768, device=device)
     codes, scale = layer.quantized_weight()
-    lora = (layer.lora_A[str(w_bits)].weight, layer.lora_B[str(w_bits)].weight, layer.lora_scaling)
+    lora = (layer.lora_A[str(w_bits)].weight, layer.lora_B[str(w_bits)].weight, layer.scaling)
     found = integer_linear(x, codes, scale, layer.bias, a_bits, lora)
     expected = fake_quantize(x, a_bits) @ fake_quantize(layer.weight, w_bits).t() + layer.bias
-    expected += layer.lora_scaling * (x @ lora[0].t()) @ lora[1].t()
+    expected += layer.scaling * (x @ lora[0].t()) @ lora[1].t()
     assert_close_to_scale(found, expected, 1e-5)
     layer.kv_bits = kv_bits
     outputs = []
-    for layer.execution in ("fake", "integer"):
+    for layer.execution.kind in ("fake", "integer"):
         with torch.no_grad():
             outputs.append(layer(x[None])[0])
     step = expected[:, 768:].abs().max() / (2 ** (kv_bits - 1) - 1)  # rounding may move K and V by one code

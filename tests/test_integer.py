@@ -4,13 +4,14 @@ import itertools
 import logging
 import shutil
 
-import models.integer as integer
-import models.kernels as kernels
 import pytest
 import torch
 import torch.nn.functional as F
 
-import models.modeling_gpt2_quant as modeling
+import models.fast.integer as integer
+import models.fast.kernels as kernels
+import models.quant_linear as quant_linear
+from models.execution import Execution
 from models.fast.integer import integer_linear, pack_int4, unpack_int4
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering, QuantLinear, TanhGELU
 from models.quantization import quantize
@@ -45,7 +46,7 @@ def make_layer(inp=24, out=36, kv=True, lora=True, seed=0):
     layer = QuantLinear(inp, out, with_kv=kv)
     torch.nn.init.normal_(layer.bias)
     if lora:
-        layer.add_lora(["shared"], r=3, alpha=6)
+        layer.add_lora(["shared"], r=3, lora_alpha=6)
         torch.nn.init.normal_(layer.lora_B["shared"].weight, std=0.1)
     layer.weight.requires_grad_(False)
     layer.bias.requires_grad_(False)
@@ -62,7 +63,7 @@ def passes(request, monkeypatch):
 def both(layer, x):
     """Outputs of the fake and of the integer path, without gradients."""
     outputs = []
-    for layer.execution in ("fake", "integer"):
+    for layer.execution.kind in ("fake", "integer"):
         with torch.no_grad():
             outputs.append(layer(x))
     return outputs
@@ -127,7 +128,7 @@ def test_layer_agrees_with_fake_quantization(w_bits, a_bits, passes):
 
 @pytest.mark.parametrize(("inp", "out"), [(1, 3), (7, 9), (33, 12), (64, 192)])
 def test_odd_shapes_zero_rows_kv_bits_and_more_than_one_piece(inp, out, passes, monkeypatch):
-    monkeypatch.setattr(integer, "ROWS", 8)
+    monkeypatch.setattr(integer, "PIECE_TOKENS", 8)
     layer = make_layer(inp, out)
     x = torch.randn(2, 21, inp)
     x[0, 3] = x[1, 20] = 0
@@ -178,9 +179,11 @@ def test_a_changed_weight_is_seen():
 def test_gelu_equals_torch():
     x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -1e4, 1e4, 1e-30])])
     with torch.no_grad():
-        torch.testing.assert_close(TanhGELU()(x), F.gelu(x, approximate="tanh"), rtol=1e-6, atol=2e-7)
+        torch.testing.assert_close(TanhGELU(Execution())(x), F.gelu(x, approximate="tanh"), rtol=1e-6, atol=2e-7)
     x.requires_grad_()
-    assert torch.autograd.gradcheck(TanhGELU(), torch.linspace(-3, 3, 7, dtype=torch.float64, requires_grad=True))
+    assert torch.autograd.gradcheck(
+        TanhGELU(Execution()), torch.linspace(-3, 3, 7, dtype=torch.float64, requires_grad=True)
+    )
 
 
 # ---- where int8 products are missing
@@ -211,8 +214,8 @@ def test_fallback_is_logged_once_and_gives_the_fake_result(failure, monkeypatch,
 # ---- training
 
 
-def gradients(layer, x, **state):
-    vars(layer).update(state)
+def gradients(layer, x, execution, backward_dtype=None):
+    layer.execution.kind, layer.execution.backward_dtype = execution, backward_dtype
     layer.zero_grad()
     x = x.clone().requires_grad_()
     y = layer(x)
@@ -240,7 +243,9 @@ def test_gradients_of_a_bias_and_of_bf16_autocast():
     layer.bias.requires_grad_()
     layer.w_bits = layer.a_bits = 8
     x = torch.randn(6, 24)
-    for layer.execution, layer.backward_dtype in itertools.product(("fake", "integer"), (None, torch.bfloat16)):
+    for layer.execution.kind, layer.execution.backward_dtype in itertools.product(
+        ("fake", "integer"), (None, torch.bfloat16)
+    ):
         layer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             y = layer(x.requires_grad_())
@@ -255,7 +260,7 @@ def test_a_trainable_weight_stays_fake():
     layer.w_bits = layer.a_bits = 4
     x = torch.randn(5, 24)
     results = []
-    for layer.execution in ("fake", "integer"):
+    for layer.execution.kind in ("fake", "integer"):
         layer.zero_grad()
         y = layer(x)
         y.sum().backward()
@@ -270,16 +275,16 @@ def test_a_trainable_weight_stays_fake():
     "config", [8, 4, "W4A8KV8", {"default": 8, C_FC: "W4A4", C_ATTN: {"a_bits": 32}, MLP_PROJ: {"w_bits": 4}}]
 )
 def test_every_layer_of_a_model_agrees_on_its_own_input(config, model, monkeypatch):
-    monkeypatch.setattr(modeling, "ROWS", 7)
+    monkeypatch.setattr(integer, "PIECE_TOKENS", 7)
     model.set_bit_config(config)
     model.set_execution("integer")
     compared = []
 
     def compare(layer, args, output):
         kv_bits, layer.kv_bits = layer.kv_bits, 32  # K and V may fall on the other side of a rounding boundary
-        found, layer.execution = layer.forward(*args), "fake"
+        found, layer.execution.kind = layer.forward(*args), "fake"
         assert_close_to_scale(found, layer.forward(*args))
-        layer.kv_bits, layer.execution = kv_bits, "integer"
+        layer.kv_bits, layer.execution.kind = kv_bits, "integer"
         compared.append(len(args[0].flatten(0, -2)))
 
     hooks = [layer.register_forward_hook(compare) for layer in model.quant_layers().values()]
@@ -324,7 +329,7 @@ def test_integers_are_used_where_they_should(model, monkeypatch):
         shapes.append(tuple(codes.shape))
         return integer_linear(x, codes, *args)
 
-    monkeypatch.setattr(modeling, "integer_linear", spy)
+    monkeypatch.setattr(quant_linear, "integer_linear", spy)
     with torch.no_grad():
         model(**batch())
         assert not shapes, "fake is the default"

@@ -4,14 +4,15 @@ import logging
 import shutil
 import subprocess
 
-import models.attention as attention
-import models.integer as integer
-import models.kernels as kernels
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import models.fast.attention as attention
+import models.fast.integer as integer
+import models.fast.kernels as kernels
+from models.execution import Execution
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering, TanhGELU
 from models.quantization import fake_quantize_kv_, quantize
 from test_modeling import batch, tiny_config
@@ -209,8 +210,7 @@ def test_without_a_compiler_torch_computes_the_same(compiler, monkeypatch, caplo
     kernels.compiled.cache_clear()
     (record,) = caplog.records
     assert f"no compiled kernels, so integer execution takes longer: {compiler}" in record.message
-    gelu = TanhGELU()
-    gelu.execution = "integer"
+    gelu = TanhGELU(Execution("integer"))
     monkeypatch.setattr(kernels, "compiled", lambda: None)
     torch.testing.assert_close(gelu(x), F.gelu(x, approximate="tanh"), rtol=1e-6, atol=2e-7)
 
@@ -227,8 +227,7 @@ def test_what_the_kernels_take():
 
 def test_torch_compile_gets_torchs_operators(monkeypatch):
     monkeypatch.setattr(kernels, "gelu", None)
-    gelu, x = TanhGELU(), torch.randn(5, 6)
-    gelu.execution = "integer"
+    gelu, x = TanhGELU(Execution("integer")), torch.randn(5, 6)
     found = torch.compile(gelu, backend="eager")(x)
     torch.testing.assert_close(found, F.gelu(x, approximate="tanh"), rtol=1e-6, atol=2e-7)
 

@@ -1,16 +1,19 @@
 """The KV cache of integer codes: the same values, the same logits, less memory."""
 
 import json
-import pathlib
 
 import pytest
 import torch
 from transformers import AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from models.kv_cache import QuantizedKVCache, QuantizedKVLayer, cache_bytes, recover_codes
-from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering, QuantGPT2LMHeadModel
-from models.quantization import dequantize, fake_quantize, quantize
+from conftest import experiment
+
+with experiment("language_model"):
+    from models.kv_cache import QuantizedKVCache, QuantizedKVLayer, cache_bytes, recover_codes
+
+    from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering, QuantGPT2LMHeadModel
+    from models.quantization import dequantize, fake_quantize, quantize
 
 MIXED = {"default": 8, "transformer.h.1.*": {"w_bits": 4, "a_bits": 8}, "transformer.h.1.attn.c_attn": {"kv_bits": 3}}
 CONFIGS = [8, 4, "W8A8KV4", 32, "W32A32KV5", MIXED]
@@ -87,7 +90,7 @@ def test_logits_equal_those_of_the_float_cache_bit_for_bit(model, ids, config, a
     model.set_execution(execution)
     model.set_attn_implementation(attention)
     try:
-        with model.bit_config(config):
+        with model.at_bits(config):
             for pieces in ([1] * 12, [7, 1, 1, 3]):
                 quantized = decode(model, ids, QuantizedKVCache(model.config), pieces)
                 assert torch.equal(quantized, decode(model, ids, DynamicCache(config=model.config), pieces))
@@ -105,7 +108,7 @@ def double(tiny_model):
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("cached", [QuantizedKVCache, lambda config: DynamicCache(config=config)])
 def test_logits_equal_those_of_one_forward(double, ids, config, cached):
-    with double.bit_config(config), torch.no_grad():
+    with double.at_bits(config), torch.no_grad():
         full = double(ids, use_cache=False).logits
         for pieces in ([12], [1] * 12, [7, 1, 1, 3]):
             logits = decode(double, ids, cached(double.config), pieces)
@@ -119,7 +122,7 @@ def test_left_padding(double, ids):
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[1, :4] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    with double.bit_config(8), torch.no_grad():
+    with double.at_bits(8), torch.no_grad():
         cache, logits = QuantizedKVCache(double.config), []
         for start, end in ((0, 9), (9, 10), (10, 12)):
             inputs = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
@@ -134,7 +137,7 @@ def test_left_padding(double, ids):
 def test_generation_equals_that_with_the_float_cache(model, tokenizer, config, options):
     prompts = tokenizer(["Ada has the kite.", "What does Ben have? Cleo"], return_tensors="pt", padding=True)
     found = []
-    with model.bit_config(config):
+    with model.at_bits(config):
         for cache in (QuantizedKVCache(model.config), DynamicCache(config=model.config)):
             torch.manual_seed(0)
             pad = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": None}
@@ -144,7 +147,7 @@ def test_generation_equals_that_with_the_float_cache(model, tokenizer, config, o
 
 
 def test_autocast_keeps_bfloat16(model, ids):
-    with model.bit_config(8), torch.autocast("cpu", torch.bfloat16):
+    with model.at_bits(8), torch.autocast("cpu", torch.bfloat16):
         cache = QuantizedKVCache(model.config)
         quantized = decode(model, ids, cache, [5, 1, 6])
         assert cache.layers[0].dtype == torch.bfloat16
@@ -165,7 +168,7 @@ def test_autocast_keeps_bfloat16(model, ids):
     ids=str,
 )
 def test_memory(model, ids, config, per_token):
-    with model.bit_config(config):
+    with model.at_bits(config):
         cache, plain = QuantizedKVCache(model.config), DynamicCache(config=model.config)
         assert cache_bytes(cache) == 0
         decode(model, ids, cache, [5, 7])
@@ -177,7 +180,7 @@ def test_memory(model, ids, config, per_token):
 
 
 def test_float_widths_are_kept_as_dynamic_cache_does(model):
-    with model.bit_config({"default": 8, "transformer.h.0.*": 16}):
+    with model.at_bits({"default": 8, "transformer.h.0.*": 16}):
         cache = QuantizedKVCache(model.config)
     assert cache.kv_bits == [16, 8]
     assert type(cache.layers[0]) is DynamicLayer and isinstance(cache.layers[1], QuantizedKVLayer)
@@ -218,21 +221,15 @@ def test_batch_and_length_operations_equal_those_of_the_float_cache(bits):
 
 
 def test_refusals(model, ids):
-    with model.bit_config(8):
+    with model.at_bits(8):
         cache = QuantizedKVCache(model.config)
         with pytest.raises(ValueError, match="torch.no_grad"):
             model(ids, past_key_values=cache)
         decode(model, ids, cache, [12])
         with pytest.raises(ValueError, match="negative"):
             cache.crop(3)
-    with model.bit_config(4), pytest.raises(ValueError, match="bits of the model were changed"):
+    with model.at_bits(4), pytest.raises(ValueError, match="bits of the model were changed"):
         decode(model, ids[:, :1], cache, [1])
-
-
-def test_folders_hold_the_copy():
-    root = pathlib.Path(__file__).resolve().parents[1]
-    for folder in root.glob("*/models"):
-        assert (folder / "kv_cache.py").is_file(), f"{folder} has no kv_cache.py"
 
 
 def test_bits_of_more_than_ten_blocks_after_saving(tmp_path):

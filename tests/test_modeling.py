@@ -181,11 +181,11 @@ def test_whole_model_against_a_hand_written_block(model):
 def test_context_manager_restores_even_after_an_error(model):
     before = model.set_bit_config({"default": 8, C_FC: "W4A6"})
     reference = start_logits(model)
-    with pytest.raises(RuntimeError, match="body"), model.bit_config(2) as resolved:
+    with pytest.raises(RuntimeError, match="body"), model.at_bits(2) as resolved:
         assert model.config.bit_config == resolved != before
         raise RuntimeError("body")
     assert model.config.bit_config == before and torch.equal(start_logits(model), reference)
-    with pytest.raises(ValueError, match="not a bit-width"), model.bit_config(9):
+    with pytest.raises(ValueError, match="not a bit-width"), model.at_bits(9):
         pass
     assert model.config.bit_config == before
 
@@ -229,7 +229,7 @@ def test_bf16_autocast_keeps_float32_scales(model):
 
 
 def count_quantize(monkeypatch):
-    import models.modeling_gpt2_quant as module
+    import models.quant_linear as module
 
     calls = []
     original = module.quantize
@@ -299,7 +299,7 @@ def test_fused_optimizers_leave_no_stale_codes(bits, execution):
     """torch's fused AdamW changes a weight without raising its version counter."""
     torch.manual_seed(0)
     layer, x = QuantLinear(8, 4), torch.randn(3, 8)
-    layer.w_bits, layer.a_bits, layer.execution = bits, 8, execution
+    layer.w_bits, layer.a_bits, layer.execution.kind = bits, 8, execution
     optimizer = torch.optim.AdamW([layer.weight], lr=1.0, fused=True)
 
     def is_current():
@@ -352,23 +352,23 @@ def test_codes_of_weights_that_can_train_are_not_kept(model, monkeypatch):
 def test_fresh_adapters_change_nothing_at_any_width(model):
     plain = {}
     for bits in (4, 8, 32):
-        with model.bit_config(bits):
+        with model.at_bits(bits):
             plain[bits] = start_logits(model)
     model.add_lora([4, 8, 32])
     for bits, expected in plain.items():
-        with model.bit_config(bits):
+        with model.at_bits(bits):
             assert torch.equal(start_logits(model), expected)
 
 
 def test_w_bits_select_the_adapter_and_only_it_learns(model):
-    model.add_lora([4, 8], r=2, alpha=6)
+    model.add_lora([4, 8], r=2, lora_alpha=6)
     model.set_bit_config({"default": 8, C_FC: {"w_bits": 4}})
     layers = model.quant_layers()
-    assert layers[C_FC].adapter == "4" and layers[C_ATTN].adapter == "8" and layers[C_FC].lora_scaling == 3.0
+    assert layers[C_FC].active_adapter == "4" and layers[C_ATTN].active_adapter == "8" and layers[C_FC].scaling == 3.0
     loss_of(model).backward()
     for name, layer in layers.items():
         for key in ("4", "8"):
-            assert (layer.lora_B[key].weight.grad is not None) == (key == layer.adapter), name
+            assert (layer.lora_B[key].weight.grad is not None) == (key == layer.active_adapter), name
         assert layer.weight.grad is None and layer.bias.grad is None
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all(".lora_" in name or name.startswith("qa_outputs.") for name in trained)
@@ -379,7 +379,7 @@ def test_shared_adapter_serves_every_width(model):
     model.add_lora(["shared"])
     for bits in (2, 5, 8, 16, 32):
         model.set_bit_config(bits)
-        assert {layer.adapter for layer in model.quant_layers().values()} == {"shared"}
+        assert {layer.active_adapter for layer in model.quant_layers().values()} == {"shared"}
 
 
 def test_adapters_of_a_bank_start_equal_and_are_separate(model):

@@ -88,7 +88,7 @@ def test_reference_lora_order(case):
 
     weight = torch.tensor(case["W_out_in"])
     layer = QuantLinear(weight.shape[1], weight.shape[0])
-    layer.add_lora(["shared"], r=len(case["A"]), alpha=case["scaling"] * len(case["A"]))
+    layer.add_lora(["shared"], r=len(case["A"]), lora_alpha=case["scaling"] * len(case["A"]))
     layer.load_state_dict(
         {"weight": weight, "bias": torch.zeros(len(weight)), "lora_A.shared.weight": torch.tensor(case["A"]),
          "lora_B.shared.weight": torch.tensor(case["B"])}

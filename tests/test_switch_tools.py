@@ -366,7 +366,7 @@ def test_reused_hidden_states_give_exactly_the_plain_logits(attention, tools, co
         # per low width: 4 linears x (2 + 1), blocks 2 + 1, six types x 2, all 2
         assert forward.block_forwards - before == 2 + 2 * (12 + 3 + 12 + 2)
         for config, logits in zip([reference, *flipped, reference], found, strict=True):
-            with model.bit_config(config), torch.no_grad():
+            with model.at_bits(config), torch.no_grad():
                 plain = model(**inputs)
             assert torch.equal(logits, torch.stack([plain.start_logits, plain.end_logits]))
             distinct.add(logits.sum().item())
@@ -545,10 +545,10 @@ def test_the_layer_alone_gives_what_the_flipped_model_gives(tools, configs):
     layer, seen = model.quant_layers()[name], []
     hook = layer.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
     for config in (configs["W8A8KV8"], sensitivity.flipped(configs["W8A8KV8"], configs["W4A4KV4"], [name])):
-        with model.bit_config(config), torch.no_grad():
+        with model.at_bits(config), torch.no_grad():
             model(**inputs)
     hook.remove()
-    with model.bit_config("W8A8KV8"):
+    with model.at_bits("W8A8KV8"):
         assert torch.equal(gradient_scores.alone(layer, seen[0][0], configs["W4A4KV4"][name]), seen[1][1])
         assert not torch.equal(seen[0][1], seen[1][1]) and layer.w_bits == layer.kv_bits == 8
 

@@ -470,7 +470,7 @@ def test_sequential_distillation_is_the_published_mix(make_trainer):
     assert not any(".lora_A.8." in name or ".lora_B.8." in name for name in found), "the teacher gets no gradient"
     logits, mask = {}, inputs["attention_mask"].bool()
     for bits in (8, 4):
-        with trainer.model.bit_config(bits), torch.no_grad():
+        with trainer.model.at_bits(bits), torch.no_grad():
             output = trainer.model(**inputs)
         logits[bits] = (output.start_logits, output.end_logits)
     kl = training.qa_distillation_kl(*logits[4], *logits[8], mask, 2.0)

@@ -19,9 +19,9 @@ class BitsAndBytesLinear(nn.Module):
 
     def __init__(self, base, layer):
         super().__init__()
-        self.base, self.scaling = base, layer.lora_scaling
-        self.lora_A = layer.lora_A[layer.adapter] if layer.adapter else None
-        self.lora_B = layer.lora_B[layer.adapter] if layer.adapter else None
+        self.base, self.scaling = base, layer.scaling
+        self.lora_A = layer.lora_A[layer.active_adapter] if layer.active_adapter else None
+        self.lora_B = layer.lora_B[layer.active_adapter] if layer.active_adapter else None
 
     def forward(self, x):
         y = self.base(x)

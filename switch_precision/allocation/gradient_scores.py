@@ -73,7 +73,7 @@ def gradient_scores(model, measure_set, reference, lows, num_batches, seed):
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
-        with model.bit_config(reference), torch.enable_grad():
+        with model.at_bits(reference), torch.enable_grad():
             for batch in batches:
                 inputs, real, _, labels = measure_set.tensors(batch)
                 output = model(**inputs, use_cache=False)

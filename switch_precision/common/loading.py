@@ -108,7 +108,7 @@ def resolve_configs(model, texts):
     saved, configs, faults = model.config.bit_config, {}, []
     for text, name in zip(texts, names, strict=True):
         try:
-            with model.bit_config(saved if text == "checkpoint" else text) as resolved:
+            with model.at_bits(saved if text == "checkpoint" else text) as resolved:
                 if names.count(name) > 1 and text != "checkpoint" and os.path.isfile(text):
                     name = text
                 configs[name if configs.get(name, resolved) == resolved else text] = resolved

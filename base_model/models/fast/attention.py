@@ -21,7 +21,7 @@ def attention_forward(module, query, key, value, attention_mask, *, scaling, dro
         attention_mask is None
         and dropout == 0
         and query.shape == key.shape
-        and query.shape[-1] == kernels.HEAD
+        and query.shape[-1] == kernels.HEAD_SIZE
         and kernels.can_take(query, key, value)
     ):
         return kernels.causal_attention(query, key, value, scaling), None

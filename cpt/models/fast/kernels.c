@@ -9,7 +9,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define ROWS 16     /* that a thread finishes at a time */
+#define TASK 16     /* rows that a thread finishes at a time */
 #define COLUMNS 512 /* of B^T at a time: with r = 8 they stay in the first-level cache */
 #define BLOCK 4     /* rows that products take at a time */
 #if defined __AVX512F__
@@ -90,8 +90,8 @@ void finish_rows(const int32_t *acc, long rows, long n, const float *row_scales,
                  const float *bias, const float *low_rank, const float *Bt, long r, float kv_qmax, float *out,
                  long out_stride, int threads) {
 #pragma omp parallel for num_threads(threads)
-    for (long first = 0; first < rows; first += ROWS) {
-        long last = first + ROWS < rows ? first + ROWS : rows;
+    for (long first = 0; first < rows; first += TASK) {
+        long last = first + TASK < rows ? first + TASK : rows;
         for (long start = 0; start < n; start += COLUMNS) {
             long stop = start + COLUMNS < n ? start + COLUMNS : n, whole = start + (stop - start) / LANES * LANES;
             for (long row = first; row < last; row += BLOCK) {
@@ -156,12 +156,13 @@ void gelu_rows(const float *x, long rows, long n, long x_stride, float *out, int
 
 /* ---- causal attention */
 
-#define HEAD 64 /* features of a head, and keys in a chunk */
+#define HEAD_SIZE 64    /* features of a head */
+#define CHUNK HEAD_SIZE /* keys in a chunk: as many, because multiply() makes rows of this length for both products */
 
-/* out[q] = sum over k < count of weights[q][k] * rows[k], for q < BLOCK; each row HEAD floats */
+/* out[q] = sum over k < count of weights[q][k] * rows[k], for q < BLOCK; each row HEAD_SIZE floats */
 static inline void multiply(const float *weights, long weights_stride, const float *rows, long rows_stride,
                             long count, float *out, long out_stride) {
-    for (int start = 0; start < HEAD; start += VECTORS * LANES) {
+    for (int start = 0; start < HEAD_SIZE; start += VECTORS * LANES) {
         vector sums[BLOCK][VECTORS] = {0};
         for (long k = 0; k < count; k++) {
             const vector *row = (const vector *)(rows + k * rows_stride + start);
@@ -184,8 +185,8 @@ static float exponentials(float *scores, long own, long seen) {
 }
 
 /* softmax(scaling * q k^T) v, where token i sees tokens 0..i.
-   q, k, v: (batch, heads, length, HEAD) with their first three strides; out: (batch, length, heads, HEAD);
-   scratch: (threads, HEAD + BLOCK, padded), padded: length rounded up to whole chunks. */
+   q, k, v: (batch, heads, length, HEAD_SIZE) with their first three strides; out: (batch, length, heads, HEAD_SIZE);
+   scratch: (threads, HEAD_SIZE + BLOCK, padded), padded: length rounded up to whole chunks. */
 void attend(const float *q, const long *q_strides, const float *k, const long *k_strides, const float *v,
             const long *v_strides, long batch, long heads, long length, float scaling, float *out, float *scratch,
             long padded, int threads) {
@@ -194,23 +195,27 @@ void attend(const float *q, const long *q_strides, const float *k, const long *k
         long b = item / heads, h = item % heads;
         const float *Q = q + b * q_strides[0] + h * q_strides[1], *K = k + b * k_strides[0] + h * k_strides[1];
         const float *V = v + b * v_strides[0] + h * v_strides[1];
-        float *keys = scratch + omp_get_thread_num() * (HEAD + BLOCK) * padded, *scores = keys + HEAD * padded;
+        float *keys = scratch + omp_get_thread_num() * (HEAD_SIZE + BLOCK) * padded;
+        float *scores = keys + HEAD_SIZE * padded;
         for (long t = 0; t < padded; t++) /* scaled, transposed within each chunk: (chunk, feature, key) */
-            for (long f = 0; f < HEAD; f++)
-                keys[(t / HEAD * HEAD + f) * HEAD + t % HEAD] = t < length ? scaling * K[t * k_strides[2] + f] : 0;
+            for (long f = 0; f < HEAD_SIZE; f++)
+                keys[(t / CHUNK * HEAD_SIZE + f) * CHUNK + t % CHUNK] =
+                    t < length ? scaling * K[t * k_strides[2] + f] : 0;
         for (long first = 0; first < length; first += BLOCK) {
             long count = length - first < BLOCK ? length - first : BLOCK, seen = first + count;
-            float queries[BLOCK * HEAD], sums[BLOCK * HEAD], totals[BLOCK];
-            for (long i = 0; i < BLOCK; i++) /* the last block repeats its first query */
-                memcpy(queries + i * HEAD, Q + (i < count ? first + i : first) * q_strides[2], HEAD * sizeof *Q);
-            for (long start = 0; start < seen; start += HEAD)
-                multiply(queries, HEAD, keys + start * HEAD, HEAD, HEAD, scores + start, padded);
+            float queries[BLOCK * HEAD_SIZE], sums[BLOCK * HEAD_SIZE], totals[BLOCK];
+            for (long i = 0; i < BLOCK; i++) { /* the last block repeats its first query */
+                long query = i < count ? first + i : first;
+                memcpy(queries + i * HEAD_SIZE, Q + query * q_strides[2], HEAD_SIZE * sizeof *Q);
+            }
+            for (long start = 0; start < seen; start += CHUNK)
+                multiply(queries, HEAD_SIZE, keys + start * HEAD_SIZE, CHUNK, HEAD_SIZE, scores + start, padded);
             for (long i = 0; i < BLOCK; i++)
                 totals[i] = exponentials(scores + i * padded, i < count ? first + i + 1 : first + 1, seen);
-            multiply(scores, padded, V, v_strides[2], seen, sums, HEAD);
+            multiply(scores, padded, V, v_strides[2], seen, sums, HEAD_SIZE);
             for (long i = 0; i < count; i++) {
-                float *y = out + ((b * length + first + i) * heads + h) * HEAD;
-                for (long f = 0; f < HEAD; f++) y[f] = sums[i * HEAD + f] / totals[i];
+                float *y = out + ((b * length + first + i) * heads + h) * HEAD_SIZE;
+                for (long f = 0; f < HEAD_SIZE; f++) y[f] = sums[i * HEAD_SIZE + f] / totals[i];
             }
         }
     }

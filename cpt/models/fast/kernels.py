@@ -20,13 +20,24 @@ from ..quantization import QUANTIZED_BITS
 logger = logging.getLogger(__name__)
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels.c")
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"]
-HEAD, BLOCK = 64, 4  # as in kernels.c
-POINTER, LONG, FLOAT, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
+HEAD_SIZE, CHUNK, BLOCK = 64, 64, 4  # as in kernels.c
+LONG, FLOAT, INT = ctypes.c_long, ctypes.c_float, ctypes.c_int
+
+
+class Pointer:
+    """Argument type of a C function that gets the data of a tensor; None is NULL."""
+
+    @staticmethod
+    def from_param(tensor):
+        return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+STRIDES = ctypes.POINTER(LONG)
 SIGNATURES = {
-    "quantize_rows": [POINTER, LONG, LONG, LONG, FLOAT, POINTER, POINTER, POINTER, LONG, FLOAT, POINTER, INT],
-    "finish_rows": [POINTER, LONG, LONG, *[POINTER] * 5, LONG, FLOAT, POINTER, LONG, INT],
-    "gelu_rows": [POINTER, LONG, LONG, LONG, POINTER, INT],
-    "attend": [*[POINTER] * 6, LONG, LONG, LONG, FLOAT, POINTER, POINTER, LONG, INT],
+    "quantize_rows": [Pointer, LONG, LONG, LONG, FLOAT, Pointer, Pointer, Pointer, LONG, FLOAT, Pointer, INT],
+    "finish_rows": [Pointer, LONG, LONG, *[Pointer] * 5, LONG, FLOAT, Pointer, LONG, INT],
+    "gelu_rows": [Pointer, LONG, LONG, LONG, Pointer, INT],
+    "attend": [*[Pointer, STRIDES] * 3, LONG, LONG, LONG, FLOAT, Pointer, Pointer, LONG, INT],
 }
 
 
@@ -68,32 +79,26 @@ def _qmax(bits):
 
 def quantize_rows(x, bits, lora_A=None, scaling=1.0):
     """As `integer.quantize_rows`."""
-    rows, n = x.shape
+    (rows, n), r = x.shape, 0 if lora_A is None else len(lora_A)
     codes, scale = x.new_empty((rows, n), dtype=torch.int8), x.new_empty(rows, 1)
-    r = 0 if lora_A is None else len(lora_A)
-    low_rank = x.new_empty(rows, r)
-    compiled().quantize_rows(
-        *(x.data_ptr(), rows, n, x.stride(0), _qmax(bits), codes.data_ptr(), scale.data_ptr()),
-        *(lora_A.data_ptr() if r else None, r, scaling, low_rank.data_ptr(), torch.get_num_threads()),
-    )
+    low_rank, threads = x.new_empty(rows, r), torch.get_num_threads()
+    compiled().quantize_rows(x, rows, n, x.stride(0), _qmax(bits), codes, scale, lora_A, r, scaling, low_rank, threads)
     return codes, scale, low_rank
 
 
-def finish_rows(acc, row_scale, column_scale, bias, low_rank, lora_Bt, kv_bits, out):
+def finish_rows(acc, row_scales, column_scale, bias, low_rank, lora_Bt, kv_bits, out):
     """As `integer.finish_rows`."""
+    (rows, n), r, threads = acc.shape, low_rank.shape[1], torch.get_num_threads()
     kv_qmax = _qmax(kv_bits) if kv_bits in QUANTIZED_BITS else 0
-    r = low_rank.shape[1]
     compiled().finish_rows(
-        *(acc.data_ptr(), *acc.shape, row_scale.data_ptr(), column_scale.data_ptr(), bias.data_ptr()),
-        *(low_rank.data_ptr(), lora_Bt.data_ptr() if r else None, r, kv_qmax, out.data_ptr(), out.stride(0)),
-        torch.get_num_threads(),
+        acc, rows, n, row_scales, column_scale, bias, low_rank, lora_Bt, r, kv_qmax, out, out.stride(0), threads
     )
 
 
 def gelu(x):
     """GPT-2's tanh GELU. x: (rows, n)."""
     out = x.new_empty(x.shape)
-    compiled().gelu_rows(x.data_ptr(), *x.shape, x.stride(0), out.data_ptr(), torch.get_num_threads())
+    compiled().gelu_rows(x, len(x), x.shape[1], x.stride(0), out, torch.get_num_threads())
     return out
 
 
@@ -105,12 +110,11 @@ def causal_attention(query, key, value, scaling):
     Returns:
         (batch, seq, heads, 64).
     """
-    batch, heads, length, _ = query.shape
-    padded, threads = -(-length // HEAD) * HEAD, torch.get_num_threads()
-    out, scratch = query.new_empty(batch, length, heads, HEAD), query.new_empty(threads, HEAD + BLOCK, padded)
-    inputs = ((x.data_ptr(), (LONG * 3)(*x.stride()[:3])) for x in (query, key, value))
+    batch, heads, seq, _ = query.shape
+    padded, threads = -(-seq // CHUNK) * CHUNK, torch.get_num_threads()
+    out, scratch = query.new_empty(batch, seq, heads, HEAD_SIZE), query.new_empty(threads, HEAD_SIZE + BLOCK, padded)
+    q_strides, k_strides, v_strides = ((LONG * 3)(*x.stride()[:3]) for x in (query, key, value))
     compiled().attend(
-        *(part for pair in inputs for part in pair),
-        *(batch, heads, length, scaling, out.data_ptr(), scratch.data_ptr(), padded, threads),
+        query, q_strides, key, k_strides, value, v_strides, batch, heads, seq, scaling, out, scratch, padded, threads
     )
     return out

@@ -4,10 +4,11 @@ With codes q and scales s of `quantization.quantize`, Q(x) Q(W)^T = (q_x q_W^T) 
 int32 (`torch._int_mm`), and only the rescale rounds. Codes are bit-identical to those of fake quantization, outputs
 agree to float rounding. Weights of at most 4 bits are stored two codes a byte and unpacked for the product.
 
-On a CPU the tokens go through in pieces of ROWS: everything between the product and the finished output stays in the
-cache, and the temporaries are small enough for malloc to hand out again (glibc maps anything above 32 MiB anew, and
-the page faults then cost as much as the product). What is done to a piece besides the product is in `quantize_rows`
-and `finish_rows`: here in torch's operators, for float32 on a CPU compiled, in one pass each (kernels.py).
+On a CPU the tokens go through in pieces of PIECE_TOKENS: everything between the product and the finished output stays
+in the cache, and the temporaries are small enough for malloc to hand out again (glibc maps anything above 32 MiB anew,
+and the page faults then cost as much as the product). What is done to a piece besides the product is in
+`quantize_rows` and `finish_rows`: here in torch's operators, for float32 on a CPU compiled, in one pass each
+(kernels.py).
 """
 
 import functools
@@ -20,7 +21,7 @@ from ..errors import UserError
 from ..quantization import codes_as_float, fake_quantize_kv_, output_dtype, row_scale
 from . import kernels
 
-ROWS = 512  # tokens in a piece on a CPU
+PIECE_TOKENS = 512  # on a CPU
 PACKED_BITS = 4  # weights of at most so many bits are stored two a byte
 logger = logging.getLogger(__name__)
 
@@ -68,14 +69,14 @@ def quantize_rows(x, bits, lora_A=None, scaling=1.0):
     return codes, scale, low_rank
 
 
-def finish_rows(acc, row_scale, column_scale, bias, low_rank, lora_Bt, kv_bits, out):
-    """out = acc * row_scale * column_scale + bias + low_rank B^T, with K and V fake-quantized at `kv_bits`.
+def finish_rows(acc, row_scales, column_scale, bias, low_rank, lora_Bt, kv_bits, out):
+    """out = acc * row_scales * column_scale + bias + low_rank B^T, with K and V fake-quantized at `kv_bits`.
 
     Args:
-        acc: (tokens, out) int32; row_scale: (tokens, 1); column_scale, bias: (out,) float32; low_rank: (tokens, r);
+        acc: (tokens, out) int32; row_scales: (tokens, 1); column_scale, bias: (out,) float32; low_rank: (tokens, r);
         lora_Bt: (r, out) or None; out: (tokens, out).
     """
-    torch.addcmul(bias, acc.float().mul_(column_scale), row_scale, out=out)
+    torch.addcmul(bias, acc.float().mul_(column_scale), row_scales, out=out)
     if lora_Bt is not None:
         out.addmm_(low_rank.to(out.dtype), lora_Bt.to(out.dtype))
     fake_quantize_kv_(out, kv_bits)
@@ -127,8 +128,8 @@ def integer_linear(x, codes, scale, bias, a_bits, lora=None, kv_bits=None):
     quantize, finish = quantize_rows, finish_rows
     if kernels.can_take(x, y, *(() if lora is None else (lora_A, lora_Bt))):
         quantize, finish = kernels.quantize_rows, kernels.finish_rows
-    pieces = max(len(x), 1) if x.is_cuda else ROWS
-    for rows, out in zip(x.split(pieces), y.split(pieces), strict=True):
+    piece = max(len(x), 1) if x.is_cuda else PIECE_TOKENS
+    for rows, out in zip(x.split(piece), y.split(piece), strict=True):
         row_codes, row_scales, low_rank = quantize(rows, a_bits, lora_A, scaling)
         finish(int_mm(row_codes, codes), row_scales, scale, bias, low_rank, lora_Bt, kv_bits, out)
     return y

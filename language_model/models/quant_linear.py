@@ -1,0 +1,183 @@
+"""The linear layer of the model: bits, integer codes of the weight, adapters, and the choice of how it computes."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .errors import UserError
+from .execution import Execution
+from .fast.integer import PACKED_BITS, integer_linear, is_supported, pack_int4, unpack_int4
+from .quantization import (
+    FLOAT_BITS,
+    QUANTIZED_BITS,
+    check_bits,
+    fake_quantize,
+    fake_quantize_kv_,
+    frozen_linear,
+    quantize,
+)
+
+
+class QuantLinear(nn.Module):
+    """Linear layer y = Q(x) Q(W)^T + b + (lora_alpha / r) x A^T B^T, with the weight stored (out, in).
+
+    `w_bits`, `a_bits`, `kv_bits` are state of the module, set by `set_bit_config`. The adapter reads the unquantized x
+    (QLoRA's order); `w_bits` selects it. K and V are the last two thirds of `attn.c_attn`'s output.
+    `execution`: the model's, see `set_execution`.
+    """
+
+    def __init__(self, in_features, out_features, with_kv=False):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+        nn.init.normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)
+        self.w_bits, self.a_bits, self.kv_bits = 32, 32, 32 if with_kv else None
+        self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()  # peft's names; keys "4", "8", ... or "shared"
+        self.scaling = 0.0
+        self.execution = Execution()
+        self._quantized, self._quantized_from = {}, None  # {w_bits: (codes, packed up to 4 bits; scale)}
+
+    @classmethod
+    def from_conv1d(cls, conv, with_kv=False):
+        """The same layer as upstream's Conv1D, whose weight is (in, out)."""
+        with torch.device("meta"):
+            layer = cls(*conv.weight.shape, with_kv)
+        layer.weight = nn.Parameter(conv.weight.detach().t().contiguous())
+        layer.bias = nn.Parameter(conv.bias.detach())
+        return layer
+
+    def add_lora(self, keys, r, lora_alpha):
+        """One adapter per key: A (r, in) as in peft, B (out, r) = 0, so that a new adapter changes nothing.
+
+        All keys start from the same A: trained together they stay near each other, which a shared head and mixed
+        assignments profit from.
+        """
+        start = torch.empty(r, self.in_features)
+        nn.init.kaiming_uniform_(start, a=math.sqrt(5))
+        for key in keys:
+            self.lora_A[key] = nn.Linear(self.in_features, r, bias=False)
+            self.lora_B[key] = nn.Linear(r, self.out_features, bias=False)
+            self.lora_A[key].weight.data.copy_(start)
+            nn.init.zeros_(self.lora_B[key].weight)
+        self.scaling = lora_alpha / r
+
+    @property
+    def active_adapter(self):
+        """Key of the adapter that `w_bits` selects: that of the width, or the one for all; None without a bank."""
+        if not self.lora_A:
+            return None
+        return "shared" if "shared" in self.lora_A else str(self.w_bits)
+
+    @property
+    def can_train(self):
+        """Whether the weight may change under the optimizer: its codes are then not kept."""
+        return self.weight is not None and self.weight.requires_grad
+
+    # ---- codes of the weight
+
+    def quantized_weight(self):
+        """(codes, scale) of the weight at `w_bits`; of a frozen weight made once per width and kept until it changes.
+
+        A change is seen by torch's version counter; in-place writes through `weight.data` bypass it and need
+        `clear_quantized()`. A weight that can train is quantized in every call: fused optimizers bypass the counter.
+        Kept are the stored codes; returned are plain int8 codes (out, in).
+        """
+        codes, scale = self._stored(self.w_bits)
+        return (codes if codes.dtype == torch.int8 else unpack_int4(codes, self.in_features)), scale
+
+    def _stored(self, w_bits):
+        if self.weight is not None:
+            state = (id(self.weight), self.weight.data_ptr(), self.weight._version)
+            if state != self._quantized_from or self.can_train:
+                self._quantized, self._quantized_from = {}, state
+        if w_bits in self._quantized:
+            return self._quantized[w_bits]
+        if self.weight is None:
+            raise UserError(f"w_bits = {w_bits}: only codes of {sorted(self._quantized)} bits are kept")
+        codes, scale = quantize(self.weight, w_bits)
+        stored = (pack_int4(codes) if w_bits <= PACKED_BITS else codes), scale
+        if not self.can_train:
+            self._quantized[w_bits] = stored
+        return stored
+
+    def stored_codes(self, widths=None):
+        """{width: (codes, scale)} of these widths, or of those made so far.
+
+        codes: (out, in) int8, up to 4 bits packed (out, ceil(in / 2)) uint8; scale: (out, 1) float32.
+        """
+        return {w_bits: self._stored(w_bits) for w_bits in (self._quantized if widths is None else widths)}
+
+    def set_stored_codes(self, stored):
+        """Take the codes of `stored_codes` in place of the float weight, which is dropped: for evaluation only."""
+        for w_bits, (codes, scale) in stored.items():
+            check_bits(w_bits, QUANTIZED_BITS)
+            packed = w_bits <= PACKED_BITS
+            columns = (self.in_features + 1) // 2 if packed else self.in_features
+            expected = ((self.out_features, columns), torch.uint8 if packed else torch.int8)
+            if (tuple(codes.shape), codes.dtype) != expected or tuple(scale.shape) != (self.out_features, 1):
+                raise UserError(
+                    f"codes at {w_bits} bits are {codes.dtype} {tuple(codes.shape)} with scale {tuple(scale.shape)}: "
+                    f"this layer takes {expected[1]} {expected[0]} with scale {(self.out_features, 1)}"
+                )
+        self.weight = None
+        self._quantized, self._quantized_from = dict(stored), None
+
+    def clear_quantized(self):
+        if self.weight is not None:
+            self._quantized, self._quantized_from = {}, None
+
+    def _apply(self, fn, *args, **kwargs):
+        if self.weight is None:  # move the codes; .half() and the like leave the scales float32
+            self._quantized = {w_bits: (fn(c), s.to(fn(c).device)) for w_bits, (c, s) in self._quantized.items()}
+        self.clear_quantized()  # .to(), .half(), .cuda() replace the storage of the weight
+        return super()._apply(fn, *args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.clear_quantized()
+        return super()._load_from_state_dict(*args, **kwargs)
+
+    # ---- forward
+
+    def _path(self, x):
+        """Name of the way to compute Q(x) Q(W)^T + b, which `forward` spells out."""
+        if self.w_bits in FLOAT_BITS and self.weight is not None:
+            return "float"
+        if self.can_train and torch.is_grad_enabled():
+            return "trainable"
+        if self.execution.kind == "fake" or self.a_bits in FLOAT_BITS:
+            return "frozen"
+        if not is_supported(x.device, self.in_features, self.out_features):
+            return "frozen"
+        return "frozen on integers" if torch.is_grad_enabled() else "integer"
+
+    def forward(self, x):
+        """x: (..., in) -> (..., out)."""
+        if self.can_train:
+            self.clear_quantized()  # codes of a time when it was frozen
+        shape = (*x.shape[:-1], self.out_features)
+        x = x.reshape(-1, self.in_features)  # (tokens, in)
+        path, key = self._path(x), self.active_adapter
+        A, B = (None, None) if key is None else (self.lora_A[key].weight, self.lora_B[key].weight)
+        if path == "integer":  # adapter, K and V in the same pass
+            lora = None if key is None else (A, B, self.scaling)
+            codes, scale = self.quantized_weight()
+            return integer_linear(x, codes, scale, self.bias, self.a_bits, lora, self.kv_bits).view(shape)
+        if path == "float":
+            y = F.linear(fake_quantize(x, self.a_bits), self.weight, self.bias)
+        elif path == "trainable":
+            y = F.linear(fake_quantize(x, self.a_bits), fake_quantize(self.weight, self.w_bits), self.bias)
+        else:  # quantizes x as well
+            codes, scale = self.quantized_weight()
+            product = integer_linear if path == "frozen on integers" else None
+            y = frozen_linear(x, codes, scale, self.bias, self.a_bits, product, self.execution.backward_dtype)
+        if key is not None:  # in place: y is fresh, and nothing needs its old value for the backward pass
+            y.addmm_(F.linear(x, A).to(y.dtype), B.t().to(y.dtype), alpha=self.scaling)
+        return fake_quantize_kv_(y, self.kv_bits).view(shape)
+
+    def extra_repr(self):
+        bits = f"w_bits={self.w_bits}, a_bits={self.a_bits}" + (f", kv_bits={self.kv_bits}" if self.kv_bits else "")
+        return f"in_features={self.in_features}, out_features={self.out_features}, {bits}, lora={list(self.lora_A)}"
