@@ -23,10 +23,11 @@ from transformers import set_seed
 
 from common.arguments import CheckpointArguments, DataTrainingArguments, option
 from common.checksums import data_identity, file_checksum, model_checksum, tokenizer_checksum
-from common.data import build_features, load_data, make_collator, make_metric
+from common.data import build_features, load_data, make_collator
 from common.flags import parse_args
 from common.loading import load_model, load_tokenizer, resolve_configs, trained_configs
 from common.record import read_state, relative_path, run_record, write_json_atomic, write_state, write_text_atomic
+from common.resuming import run_lock
 from common.script import plain_errors, setup_logging
 from common.statistics import compare, markdown_table, with_interval
 from common.training_args import TrainingArguments
@@ -88,7 +89,6 @@ class Evaluator:
             args=training_args,
             processing_class=tokenizer,
             data_collator=make_collator(tokenizer, data_args, positions),
-            compute_metrics=make_metric(),
             n_best_size=data_args.n_best_size,
             max_answer_length=data_args.max_answer_length,
         )
@@ -119,12 +119,13 @@ class Evaluator:
         start, digest = time.time(), self.digest(resolved)
         # the digest alone tells configs apart: names may agree in what is replaced or cut off
         folder = os.path.join(self.folder, f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)[:100]}-{digest}")
-        self.training_args.output_dir = folder  # where the trainer writes the predictions
-        try:
-            with self.model.at_bits(resolved):
-                texts, metrics = self.trainer.predict(self.features, self.examples, metric_key_prefix="eval")
-        finally:
-            self.training_args.output_dir = self.folder
+        with self.model.at_bits(resolved):
+            texts, _ = self.trainer.predict_texts(self.features, self.examples, "eval", folder)
+        scores = self.scores(texts)
+        metrics = {
+            f"eval_{name}": 100.0 * sum(column) / len(scores)
+            for name, column in zip(("exact_match", "f1"), zip(*scores), strict=True)
+        }
         files = ("eval_predictions.json", "eval_nbest_predictions.json")
         record = run_record(
             model=relative_path(self.model_args.model_name_or_path),
@@ -145,15 +146,16 @@ class Evaluator:
             record["files"] = {file: file_checksum(os.path.join(folder, file)) for file in files}
             write_state(os.path.join(folder, "record.json"), record)
         logger.info("%s: EM %.2f, F1 %.2f", name, metrics["eval_exact_match"], metrics["eval_f1"])
-        self.fresh[digest] = {**record, "predictions": texts}
+        self.fresh[digest] = {**record, "predictions": texts, "scores": scores}
         return self.fresh[digest]
+
+    def scores(self, predictions):
+        """[(exact match, F1)] of all questions, each 0 to 1."""
+        return list(squad_em_f1_per_example(predictions, self.references).values())
 
     def table(self, records, reference, num_bootstrap):
         """One row per config: size, cost, scores with intervals, drops against `reference` (a name), seconds."""
-        scores = {
-            name: list(squad_em_f1_per_example(record["predictions"], self.references).values())
-            for name, record in records.items()
-        }
+        scores = {name: record.get("scores") or self.scores(record["predictions"]) for name, record in records.items()}
         statistics = compare(scores, reference, num_bootstrap, self.training_args.seed)
         unit, shapes = records[reference]["bit_config"]["bitops_per_token"], self.model.layer_shapes()
         return [
@@ -213,6 +215,7 @@ def main():
     setup_logging(training_args)
     if training_args.do_train or training_args.do_predict:
         raise UserError("--do_train, --do_predict: this script only evaluates; run_qa.py trains and predicts")
+    _lock = run_lock(training_args.output_dir)
     set_seed(training_args.seed)
     tokenizer = load_tokenizer(model_args)
     model = load_model(QuantGPT2ForQuestionAnswering, model_args, tokenizer)

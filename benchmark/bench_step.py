@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2ForQuestionAnswering
 from transformers.pytorch_utils import Conv1D
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "switch_precision"))
-from adaptive_lora_trainer import cascade_losses, qa_distillation_kl  # noqa: E402
+from adaptive_lora_trainer import qa_distillation_kl  # noqa: E402
 from common.record import run_record, write_json_atomic  # noqa: E402
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering  # noqa: E402
 from trainer_qa import qa_cross_entropy  # noqa: E402
@@ -119,12 +119,13 @@ def main():
         if args.device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        for loss in cascade_losses(
-            (forward(model, bits, bf16) for bits in widths),
-            lambda logits: qa_cross_entropy(logits, labels, mask),
-            lambda student, teacher: qa_distillation_kl(*student, *teacher, mask),
-        ):
+        teachers = []
+        for bits in widths:
+            logits = forward(model, bits, bf16)
+            loss = qa_cross_entropy(logits, labels, mask)
+            loss = loss + sum(qa_distillation_kl(*logits, *teacher, mask) for teacher in teachers)
             (loss / len(widths)).backward()
+            teachers.append(logits.detach())
         optimizers[model].step()
         optimizers[model].zero_grad()
         if args.device == "cuda":

@@ -20,7 +20,6 @@ import time
 import torch
 from perplexity import perplexity_of_configs, read_tokens, table_lines
 from transformers import default_data_collator, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from common.arguments import option
 from common.checksums import file_checksum
@@ -32,7 +31,6 @@ from common.script import plain_errors, setup_logging
 from common.step_configs import BankArguments, bit_configs_for_step, check_bank, target_configs
 from common.trainer import StepMeanTrainer
 from common.training_args import TrainingArguments
-from models.bit_config import short_name
 from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2LMHeadModel
 
@@ -64,6 +62,8 @@ def check_args(model_args, text_args, training_args):
     for flag, file in {"do_train": "train_file", "do_eval": "validation_file"}.items():
         if getattr(training_args, flag) and not getattr(text_args, file):
             raise UserError(f"--{flag} needs --{file}")
+    if text_args.num_mixed_configs < 0:
+        raise UserError(f"--num_mixed_configs {text_args.num_mixed_configs}: must not be negative")
     if text_args.block_size < 2:
         raise UserError(f"--block_size {text_args.block_size}: at least 2 tokens, one to read and one to predict")
     if text_args.stride is not None and not 1 <= text_args.stride <= text_args.block_size:
@@ -88,12 +88,7 @@ class JointLMTrainer(StepMeanTrainer):
         for _, config in configs:
             net.set_bit_config(config)
             losses.append(super().training_step(model, dict(inputs)))
-            if not torch.isfinite(losses[-1]):
-                saved = get_last_checkpoint(self.args.output_dir)
-                raise FloatingPointError(
-                    f"loss is {losses[-1].item()} at step {self.state.global_step + 1} ({short_name(config)}); "
-                    f"last checkpoint: {saved or 'none yet'}. Try a lower --learning_rate"
-                )
+            self.stop_unless_finite(losses[-1])
         net.set_bit_config(self.resting)
         return torch.stack(losses).sum()
 

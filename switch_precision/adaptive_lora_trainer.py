@@ -1,14 +1,77 @@
 """Switchable-precision training: one batch, several bit-width configs, one optimizer step.
 
-In reading order: the configs of a step (`bit_configs_for_step`), losses (cross-entropy, distillation), the trainer.
+In reading order: the flags, the losses of distillation, the trainer. A new objective is a name in `OBJECTIVES`, the
+configs of its steps in common/step_configs.py, and, where its passes are not those of `joint_losses`, a method here.
 Sources: InstantNet (arXiv 2104.10853) Eq. 1 for cascade distillation; the published code of this system (QaLoF) for
 `sequential`; universally slimmable networks (arXiv 1903.05134) for the sandwich, highest and lowest in every step.
 """
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 
+from common.arguments import option
+from common.step_configs import bit_configs_for_step
+from models.errors import UserError
 from trainer_qa import QuestionAnsweringTrainer, qa_cross_entropy
+
+OBJECTIVES = ("joint", "random", "sequential")
+DISTILLATIONS = ("kl", "mse", "none")
+
+
+@dataclasses.dataclass
+class ObjectiveArguments:
+    """What a training step does. Highest precision always goes first."""
+
+    objective: str = option(
+        "joint",
+        "joint: highest width, mixed configs, lowest width in every step; random: one random config a step; "
+        "sequential: one width after the other, --max_steps / widths each (as published)",
+    )
+    num_mixed_configs: int = option(1, "random per-layer assignments a step; 0 for uniform widths only")
+    sample_widths: int = option(0, "random widths a step between the highest and the lowest, as passes of their own")
+    curriculum: float = option(0.0, "lower widths join one after the other over this fraction of the steps")
+    teacher: bool = option(False, "a full-precision pass with its own adapter goes first and teaches the others")
+    distill_loss: str = option("kl", "distillation from the higher passes: kl, mse (raw logits, InstantNet) or none")
+    distill_weight: float | None = option(
+        None,
+        "weight of each higher pass beside cross-entropy (default 0.25); sequential: w gives (CE + w KL) / (1 + w) "
+        "(default 1, as published)",
+    )
+    distill_temperature: float = option(2.0, "temperature of --distill_loss kl, whose gradient scale is kept by T^2")
+
+    def __post_init__(self):
+        if self.distill_weight is None:
+            self.distill_weight = 1.0 if self.objective == "sequential" else 0.25
+
+    def check(self, bit_widths):
+        """Refuse what cannot work. `bit_widths`: the widths that steps choose from, None for --bit_configs."""
+        for flag, allowed in {"objective": OBJECTIVES, "distill_loss": DISTILLATIONS}.items():
+            if getattr(self, flag) not in allowed:
+                raise UserError(f"--{flag} {getattr(self, flag)}: allowed are {', '.join(allowed)}")
+        for flag in ("num_mixed_configs", "sample_widths", "distill_weight"):
+            if getattr(self, flag) < 0:
+                raise UserError(f"--{flag} {getattr(self, flag)}: must not be negative")
+        if not 0 <= self.curriculum <= 1:
+            raise UserError(f"--curriculum {self.curriculum}: a fraction of the steps, 0 to 1")
+        if self.distill_temperature <= 0:
+            raise UserError(f"--distill_temperature {self.distill_temperature}: must be positive")
+        if self.sample_widths and (self.objective != "joint" or not bit_widths):
+            raise UserError(
+                "--sample_widths adds widths to a joint step of --bit_widths: no other objective or configs"
+            )
+        between = max(len(bit_widths or ()) - 2, 0)
+        if self.sample_widths > between:
+            raise UserError(
+                f"--sample_widths {self.sample_widths}: --bit_widths has {between} widths between the highest and "
+                "the lowest"
+            )
+        if self.objective == "sequential" and (self.teacher or self.curriculum):
+            raise UserError("--objective sequential has its own teachers and order: no --teacher, no --curriculum")
+        if self.teacher and 32 in (bit_widths or ()):
+            raise UserError("--teacher is the width 32, which --bit_widths has already")
+
 
 # ---- losses
 
@@ -39,23 +102,6 @@ def qa_distillation_mse(student_start, student_end, teacher_start, teacher_end, 
     return 0.5 * (mse(student_start, teacher_start) + mse(student_end, teacher_end))
 
 
-def cascade_losses(passes, cross_entropy, distance=None, weight=1.0, teachers=()):
-    """Yield L_i = CE(z_i) + weight * sum_j distance(z_i, stop-gradient z_j), j over all passes before i.
-
-    InstantNet's Eq. 1 averages the L_i over the passes, its released code adds them up: that factor is the caller's.
-
-    Args:
-        passes: iterable of logits z_i, highest precision first. It may be a generator that runs the model: pass i is
-            yielded, and may be sent backward, before z_{i+1} is asked for.
-        cross_entropy: z -> loss; distance: (student, teacher) -> loss, None for no distillation.
-        teachers: detached logits that teach from the first pass on.
-    """
-    teachers = list(teachers)
-    for logits in passes:
-        yield cross_entropy(logits) + weight * sum(distance(logits, teacher) for teacher in teachers if distance)
-        teachers.append(logits.detach())
-
-
 # ---- trainer
 
 
@@ -64,72 +110,113 @@ class AdaptiveLoRATrainer(QuestionAnsweringTrainer):
 
     Args:
         configs: [(name, resolved config)], highest first: those evaluated, and the phases of `sequential`.
-        sampler: (step, total_steps=...) -> passes of that step; `bit_configs_for_step` with its settings bound.
-        sequential: the published procedure. A config below 8 bits learns from the higher ones by an extra forward
-            without gradient (and, unlike there, without dropout): L = (CE + weight * mean KL) / (1 + weight), which
-            for weight 1 is the published (1 - a) CE + a KL with a = 0.5.
-        distance: (student start, end, teacher start, end, mask) -> loss; None for no distillation.
+        bit_widths: the widths that steps choose from; None where steps take `configs` as they are.
+        objective: what a step does, an `ObjectiveArguments`.
     """
 
-    def __init__(self, *args, configs, sampler, sequential=False, distance=None, distill_weight=1.0, **kwargs):
+    def __init__(self, *args, configs, bit_widths, objective, **kwargs):
         super().__init__(*args, configs=configs, **kwargs)
-        self.sampler, self.sequential = sampler, sequential
-        self.distance, self.distill_weight = distance, distill_weight
+        self.bit_widths, self.objective = bit_widths, objective
+        self.layers = self.model.layer_shapes()
         self._logged = {}  # {config name: [(loss x share, share) of every pass since the last log]}
+
+    def step_configs(self, step):
+        """[(name, resolved config)] of the passes of an optimizer step."""
+        return bit_configs_for_step(
+            step,
+            self.args.seed,
+            self.layers,
+            self.bit_widths or (),
+            self.objective.num_mixed_configs,
+            objective=self.objective.objective,
+            total_steps=self.state.max_steps,
+            curriculum=self.objective.curriculum,
+            sample_widths=self.objective.sample_widths,
+            explicit=None if self.bit_widths else self.configs,
+            teacher=self.objective.teacher,
+        )
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """All passes of one micro-batch, each sent backward at once: the memory is that of one pass.
 
-        The loss is the mean over the passes. DDP's reducer is left out (it was not made for adapters that some steps
-        do not use): the passes run on the bare model and the gradients are averaged once per optimizer step.
+        DDP's reducer is left out (it was not made for adapters that some steps do not use): the passes run on the
+        bare model and the gradients are averaged once per optimizer step.
         """
         net = self.accelerator.unwrap_model(model)
         net.train()
         inputs = self._prepare_inputs(inputs)
         share = inputs.pop("share", 1.0)
-        positions = torch.stack([inputs.pop("start_positions"), inputs.pop("end_positions")])
-        mask = inputs["attention_mask"].bool()
-        configs = self.sampler(self.state.global_step, total_steps=self.state.max_steps)
-
-        def forward(config):
-            net.set_bit_config(config)
-            with self.compute_loss_context_manager():
-                output = net(**inputs)
-            return torch.stack([output.start_logits, output.end_logits])  # (2, batch, seq)
-
-        weight, scale, teachers = self.distill_weight, 1 / len(configs), []
-        if names := self.teacher_names(configs[0][0]):
-            net.eval()
-            with torch.no_grad():
-                teachers = [forward(dict(self.configs)[name]) for name in names]
-            net.train()
-            weight, scale = self.distill_weight / len(teachers), 1 / (1 + self.distill_weight)
-
-        losses = []
-        for loss in cascade_losses(
-            (forward(config) for _, config in configs),
-            lambda logits: qa_cross_entropy(logits, positions, mask),
-            self.distance and (lambda student, teacher: self.distance(*student, *teacher, mask)),
-            weight,
-            teachers,
-        ):
-            scaled = loss * (scale * share)
-            self.accelerator.backward(scaled)  # before the next forward: checkpointing recomputes with these bits
-            losses.append(scaled.detach())
+        configs = self.step_configs(self.state.global_step)
+        step = self.sequential_losses if self.objective.objective == "sequential" else self.joint_losses
+        losses, scale = step(net, inputs, configs, share)
         finite = torch.isfinite(torch.stack(losses)).all()  # one wait for the device, not one a pass
         for (name, config), loss in zip(configs, losses, strict=True):
             if not finite:
                 net.set_bit_config(config)  # named in the message
                 self.stop_unless_finite(loss)
-            self._logged.setdefault(name, []).append(torch.stack([loss / scale, torch.as_tensor(share).to(loss)]))
+            self._logged.setdefault(name, []).append(torch.stack([loss * share, torch.as_tensor(share).to(loss)]))
         net.set_bit_config(self.configs[0][1])  # what is saved opens at the highest precision
         if self.accelerator.sync_gradients and self.args.world_size > 1:
             self._average_gradients(net)
-        return torch.stack(losses).sum()
+        return torch.stack(losses).sum() * (scale * share)
+
+    def joint_losses(self, net, inputs, configs, share):
+        """Send the mean over the passes of L_i = CE(z_i) + weight * sum_j distance(z_i, z_j) backward, j over all
+        passes before i, which get no gradient from it.
+
+        InstantNet's Eq. 1 averages the L_i over the passes, as here; its released code adds them up.
+        Returns: ([L_i], what they are multiplied by).
+        """
+        losses, logits, scale = [], [], 1 / len(configs)
+        for _, config in configs:
+            logits.append(self._logits(net, inputs, config))
+            losses.append(self._loss_of_pass(logits[-1], logits[:-1], inputs, self.objective.distill_weight))
+            self.accelerator.backward(losses[-1] * (scale * share))  # checkpointing recomputes with these bits
+            losses[-1], logits[-1] = losses[-1].detach(), logits[-1].detach()
+        return losses, scale
+
+    def sequential_losses(self, net, inputs, configs, share):
+        """The published procedure: one config, which learns below 8 bits from the higher ones by an extra forward
+        without gradient (and, unlike there, without dropout): L = (CE + weight * mean KL) / (1 + weight), which for
+        weight 1 is the published (1 - a) CE + a KL with a = 0.5.
+
+        Returns: ([CE + weight * mean KL], what it is multiplied by).
+        """
+        ((name, config),) = configs
+        weight, scale, teachers = 0.0, 1.0, []
+        if names := self.teacher_names(name):
+            net.eval()
+            with torch.no_grad():
+                teachers = [self._logits(net, inputs, dict(self.configs)[teacher]) for teacher in names]
+            net.train()
+            weight, scale = self.objective.distill_weight / len(teachers), 1 / (1 + self.objective.distill_weight)
+        loss = self._loss_of_pass(self._logits(net, inputs, config), teachers, inputs, weight)
+        self.accelerator.backward(loss * (scale * share))
+        return [loss.detach()], scale
+
+    def _logits(self, net, inputs, config):
+        """Start and end logits (2, batch, seq) under a config."""
+        net.set_bit_config(config)
+        with self.compute_loss_context_manager():
+            output = net(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        return torch.stack([output.start_logits, output.end_logits])
+
+    def _loss_of_pass(self, logits, teachers, inputs, weight):
+        """Cross-entropy + weight * sum of the distances to the teachers' logits."""
+        mask = inputs["attention_mask"].bool()
+        loss = qa_cross_entropy(logits, torch.stack([inputs["start_positions"], inputs["end_positions"]]), mask)
+        if self.objective.distill_loss == "none":
+            return loss
+        return loss + weight * sum(self._distance(logits, teacher, mask) for teacher in teachers)
+
+    def _distance(self, student, teacher, mask):
+        if self.objective.distill_loss == "mse":
+            return qa_distillation_mse(*student, *teacher, mask)
+        return qa_distillation_kl(*student, *teacher, mask, self.objective.distill_temperature)
 
     def teacher_names(self, name):
         """Configs whose extra forward teaches config `name`: in `sequential`, below 8 bits, all higher ones."""
-        if not self.sequential or self.distance is None:
+        if self.objective.objective != "sequential" or self.objective.distill_loss == "none":
             return []
         names = list(dict(self.configs))
         below_8 = any(bits["w_bits"] < 8 for bits in dict(self.configs)[name].values())
@@ -137,7 +224,7 @@ class AdaptiveLoRATrainer(QuestionAnsweringTrainer):
 
     def forward_passes(self):
         """Forward passes of one process in the whole training, those of teachers included."""
-        steps = (self.sampler(step, total_steps=self.state.max_steps) for step in range(self.state.global_step))
+        steps = map(self.step_configs, range(self.state.global_step))
         passes = sum(len(configs) + len(self.teacher_names(configs[0][0])) for configs in steps)
         return passes * self.args.gradient_accumulation_steps
 

@@ -12,51 +12,24 @@ What differs from base_model/run_qa.py: the flags, `check_args`, `build_model`, 
 """
 
 import dataclasses
-import functools
 import time
 
 from transformers import set_seed
 from transformers.trainer_utils import SchedulerType
 
-from adaptive_lora_trainer import AdaptiveLoRATrainer, qa_distillation_kl, qa_distillation_mse
-from common.arguments import DataTrainingArguments, option
+from adaptive_lora_trainer import AdaptiveLoRATrainer, ObjectiveArguments
+from common.arguments import DataTrainingArguments
 from common.data import load_features, trainer_arguments
 from common.flags import parse_args
 from common.loading import describe_model, load_tokenizer, open_model
 from common.record import write_run_record
 from common.resuming import OutputFolder, input_checksums, run_settings
 from common.script import plain_errors, setup_logging
-from common.step_configs import BankArguments, bit_configs_for_step, check_bank, target_configs
+from common.step_configs import BankArguments, check_bank, target_configs
 from common.training_args import TrainingArguments
 from models.bit_config import describe_bit_config
 from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
-
-
-@dataclasses.dataclass
-class ObjectiveArguments:
-    """What a training step does. Highest precision always goes first."""
-
-    objective: str = option(
-        "joint",
-        "joint: highest width, mixed configs, lowest width in every step; random: one random config a step; "
-        "sequential: one width after the other, --max_steps / widths each (as published)",
-    )
-    num_mixed_configs: int = option(1, "random per-layer assignments a step; 0 for uniform widths only")
-    sample_widths: int = option(0, "random widths a step between the highest and the lowest, as passes of their own")
-    curriculum: float = option(0.0, "lower widths join one after the other over this fraction of the steps")
-    teacher: bool = option(False, "a full-precision pass with its own adapter goes first and teaches the others")
-    distill_loss: str = option("kl", "distillation from the higher passes: kl, mse (raw logits, InstantNet) or none")
-    distill_weight: float | None = option(
-        None,
-        "weight of each higher pass beside cross-entropy (default 0.25); sequential: w gives (CE + w KL) / (1 + w) "
-        "(default 1, as published)",
-    )
-    distill_temperature: float = option(2.0, "temperature of --distill_loss kl, whose gradient scale is kept by T^2")
-
-    def __post_init__(self):
-        if self.distill_weight is None:
-            self.distill_weight = 1.0 if self.objective == "sequential" else 0.25
 
 
 def check_args(model_args, objective_args, training_args):
@@ -64,31 +37,7 @@ def check_args(model_args, objective_args, training_args):
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise UserError("nothing to do: pass --do_train, --do_eval or --do_predict")
     check_bank(model_args)
-    widths = model_args.bit_widths
-    for flag, allowed in {
-        "objective": ("joint", "random", "sequential"),
-        "distill_loss": ("kl", "mse", "none"),
-    }.items():
-        if getattr(objective_args, flag) not in allowed:
-            raise UserError(f"--{flag} {getattr(objective_args, flag)}: allowed are {', '.join(allowed)}")
-    for flag in ("num_mixed_configs", "sample_widths", "distill_weight"):
-        if getattr(objective_args, flag) < 0:
-            raise UserError(f"--{flag} {getattr(objective_args, flag)}: must not be negative")
-    if not 0 <= objective_args.curriculum <= 1:
-        raise UserError(f"--curriculum {objective_args.curriculum}: a fraction of the steps, 0 to 1")
-    if objective_args.distill_temperature <= 0:
-        raise UserError(f"--distill_temperature {objective_args.distill_temperature}: must be positive")
-    if objective_args.sample_widths and (objective_args.objective != "joint" or model_args.bit_configs):
-        raise UserError("--sample_widths adds widths to a joint step of --bit_widths: no other objective or configs")
-    if objective_args.sample_widths > max(len(widths) - 2, 0):
-        raise UserError(
-            f"--sample_widths {objective_args.sample_widths}: --bit_widths has {max(len(widths) - 2, 0)} widths "
-            "between the highest and the lowest"
-        )
-    if objective_args.objective == "sequential" and (objective_args.teacher or objective_args.curriculum):
-        raise UserError("--objective sequential has its own teachers and order: no --teacher, no --curriculum")
-    if objective_args.teacher and not model_args.bit_configs and 32 in widths:
-        raise UserError("--teacher is the width 32, which --bit_widths has already")
+    objective_args.check(None if model_args.bit_configs else model_args.bit_widths)
     if training_args.fsdp or training_args.deepspeed:
         raise UserError("--fsdp and --deepspeed shard the model; here every process needs all of it")
 
@@ -133,30 +82,12 @@ def main():
     else:
         model.keep_only_codes(config for _, config in targets)
 
-    shapes = model.layer_shapes()
-    sampler = functools.partial(
-        bit_configs_for_step,
-        seed=training_args.seed,
-        layers=shapes,
-        bit_widths=model_args.bit_widths,
-        num_mixed_configs=objective_args.num_mixed_configs,
-        objective=objective_args.objective,
-        curriculum=objective_args.curriculum,
-        sample_widths=objective_args.sample_widths,
-        explicit=targets if model_args.bit_configs else None,
-        teacher=objective_args.teacher,
-    )
+    shapes, bit_widths = model.layer_shapes(), None if model_args.bit_configs else model_args.bit_widths
     trainer = AdaptiveLoRATrainer(
         **trainer_arguments(model, tokenizer, data_args, training_args, examples, features),
         configs=targets,
-        sampler=sampler,
-        sequential=objective_args.objective == "sequential",
-        distance={
-            "kl": functools.partial(qa_distillation_kl, temperature=objective_args.distill_temperature),
-            "mse": qa_distillation_mse,
-            "none": None,
-        }[objective_args.distill_loss],
-        distill_weight=objective_args.distill_weight,
+        bit_widths=bit_widths,
+        objective=objective_args,
     )
     metrics = trainer.run(folder, examples, features)
     write_run_record(
@@ -168,7 +99,7 @@ def main():
         bit_config=bits,
         metrics=metrics,
         data=sources,
-        bit_widths=None if model_args.bit_configs else model_args.bit_widths,
+        bit_widths=bit_widths,
         bit_configs={name: {**describe_bit_config(config, shapes), "layers": config} for name, config in targets},
         objective=dataclasses.asdict(objective_args) if training_args.do_train else None,
         passes=trainer.forward_passes() if training_args.do_train else 0,

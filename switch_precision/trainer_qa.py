@@ -13,11 +13,10 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers.trainer_utils import EvalPrediction, get_last_checkpoint, speed_metrics
+from transformers.trainer_utils import EvalPrediction, speed_metrics
 
 from common.record import write_json_atomic
 from common.trainer import StepMeanTrainer
-from models.bit_config import short_name
 from utils_qa import gold_labels, postprocess_qa_predictions
 
 logger = logging.getLogger(__name__)
@@ -59,16 +58,6 @@ class QuestionAnsweringTrainer(StepMeanTrainer):
         self.stop_unless_finite(loss)
         return loss
 
-    def stop_unless_finite(self, loss):
-        """Raise before the optimizer step when the loss is NaN or infinite; what is on disk stays as it is."""
-        if not torch.isfinite(loss):
-            config = self.accelerator.unwrap_model(self.model).config.bit_config
-            raise FloatingPointError(
-                f"loss is {loss.item()} at step {self.state.global_step + 1} (bit config: {short_name(config)}); "
-                f"last checkpoint: {get_last_checkpoint(self.args.output_dir) or 'none yet'}. Try a lower "
-                "--learning_rate, or --bf16 instead of --fp16"
-            )
-
     def prediction_step(self, model, inputs, *args, **kwargs):
         """Without the padding mask: padding is on the right, where causal attention does not look, its own logits are
         not read, and with a mask the fast kernels of attention do not apply."""
@@ -86,7 +75,7 @@ class QuestionAnsweringTrainer(StepMeanTrainer):
         start, scores = time.time(), {}
 
         def score(prefix):
-            texts, output = self._predict_texts(features, examples, ignore_keys, prefix)
+            texts, output = self.predict_texts(features, examples, prefix, ignore_keys=ignore_keys)
             loss = self._loss(output.predictions, features, examples)
             return self._score(texts, examples, metric_key_prefix) | {f"{metric_key_prefix}_loss": loss}
 
@@ -103,7 +92,9 @@ class QuestionAnsweringTrainer(StepMeanTrainer):
 
     def predict(self, predict_dataset, predict_examples, ignore_keys=None, metric_key_prefix="test"):
         """({id: text}, metrics); the metrics are empty where the examples have no answers."""
-        predictions, _ = self._predict_texts(predict_dataset, predict_examples, ignore_keys, metric_key_prefix)
+        predictions, _ = self.predict_texts(
+            predict_dataset, predict_examples, metric_key_prefix, ignore_keys=ignore_keys
+        )
         has_answers = all(answers["text"] for answers in predict_examples["answers"])
         return predictions, self._score(predictions, predict_examples, metric_key_prefix) if has_answers else {}
 
@@ -129,7 +120,8 @@ class QuestionAnsweringTrainer(StepMeanTrainer):
         self.save_metrics(prefix, scores)
         return scores
 
-    def _predict_texts(self, features, examples, ignore_keys, prefix):
+    def predict_texts(self, features, examples, prefix, folder=None, ignore_keys=None):
+        """({id: text}, output with the logits); rank 0 writes texts and n-best to `folder` (default: output_dir)."""
         output = self.evaluation_loop(
             self.get_eval_dataloader(features),
             description=f"Evaluation ({prefix})",
@@ -143,8 +135,9 @@ class QuestionAnsweringTrainer(StepMeanTrainer):
             examples, features, output.predictions, self.n_best_size, self.max_answer_length
         )
         if self.is_world_process_zero():
-            write_json_atomic(os.path.join(self.args.output_dir, f"{prefix}_predictions.json"), texts)
-            write_json_atomic(os.path.join(self.args.output_dir, f"{prefix}_nbest_predictions.json"), nbest)
+            folder = folder or self.args.output_dir
+            write_json_atomic(os.path.join(folder, f"{prefix}_predictions.json"), texts)
+            write_json_atomic(os.path.join(folder, f"{prefix}_nbest_predictions.json"), nbest)
         return texts, output
 
     def _loss(self, predictions, features, examples):

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from conftest import NAMES, THINGS, experiment
 
-with experiment("switch_precision"):
+with experiment("language_model"):
     import generate
     import perplexity
     import run_clm
@@ -241,7 +241,7 @@ def test_loss_that_is_not_finite_stops(tiny_model, text_files, tmp_path, monkeyp
     )
     words = ["--model_name_or_path", tiny_model, "--train_file", text_files[0], "--do_train"]
     message = error_of(monkeypatch, run_clm, *words, "--output_dir", tmp_path / "run", *TRAIN)
-    assert "loss is nan at step 1 (W8A8KV8); last checkpoint: none yet" in message
+    assert "loss is nan at step 1 (bit config: W8A8KV8); last checkpoint: none yet" in message
 
 
 # ---- generate.py

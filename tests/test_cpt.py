@@ -633,7 +633,7 @@ def test_joint_row_costs_the_sum_of_its_passes(flags, cost, runs, run, tmp_path,
     (runs / "joint").mkdir()
     shutil.copy(runs / "cpt_1" / "record.json", runs / "joint")
     settings = {"max_steps": 77}
-    for group in (switch_run_qa.ModelArguments, switch_run_qa.ObjectiveArguments):
+    for group in (switch_run_qa.BankArguments, switch_run_qa.ObjectiveArguments):
         parser = HfArgumentParser(group)
         settings |= dataclasses.asdict(
             parser.parse_args_into_dataclasses(list(flags), return_remaining_strings=True)[0]

@@ -154,15 +154,14 @@ def joint_step(model, device, widths, dtype=None, execution=("fake",)):
             output = model(input_ids=ids)
         return torch.stack([output.start_logits, output.end_logits]).float()
 
-    losses = training.cascade_losses(
-        (forward(bits) for bits in widths),
-        lambda logits: training.qa_cross_entropy(logits, labels, mask),
-        lambda student, teacher: training.qa_distillation_kl(*student, *teacher, mask),
-    )
-    found = []
-    for loss in losses:
-        found.append(loss.item())
+    found, teachers = [], []
+    for bits in widths:
+        logits = forward(bits)
+        loss = training.qa_cross_entropy(logits, labels, mask)
+        loss = loss + sum(training.qa_distillation_kl(*logits, *teacher, mask) for teacher in teachers)
         (loss * scale / len(widths)).backward()
+        found.append(loss.item())
+        teachers.append(logits.detach())
     gradients = {name: p.grad / scale for name, p in model.named_parameters() if p.grad is not None}
     assert gradients and all(torch.isfinite(gradient).all() for gradient in gradients.values())
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())

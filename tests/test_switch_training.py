@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -128,9 +129,7 @@ def test_curriculum_lets_lower_widths_join():
 
 
 def test_explicit_configs_replace_the_sampler():
-    model_args = run_qa.ModelArguments(
-        bit_configs=["W4A8KV8", str(ROOT / "configs/hybrid_25pct_4bit.json"), "W4A4KV4"]
-    )
+    model_args = run_qa.BankArguments(bit_configs=["W4A8KV8", str(ROOT / "configs/hybrid_25pct_4bit.json"), "W4A4KV4"])
     targets = run_qa.target_configs(model_args, LAYERS)
     assert names(targets) == ["hybrid_25pct_4bit", "W4A8KV8", "W4A4KV4"]
     assert draw(0, explicit=targets) == draw(9, explicit=targets) == targets
@@ -190,12 +189,25 @@ def test_padding_gets_no_gradient_and_no_mass():
     assert training.qa_cross_entropy(student, labels, mask).item() == pytest.approx(sum(unpadded).item() / 3)
 
 
-def cascade(logits, labels, **settings):
-    losses = training.cascade_losses(logits, lambda z: F.cross_entropy(z, labels), F.mse_loss, **settings)
-    return list(losses)
+@pytest.fixture
+def cascade(monkeypatch):
+    """cascade(logits, labels, weight): the losses of the trainer's own loop, for given logits of its passes."""
+
+    def run(logits, labels, weight=1.0):
+        trainer, passes, losses = object.__new__(training.AdaptiveLoRATrainer), iter(logits), []
+        trainer.objective = training.ObjectiveArguments(distill_weight=weight)
+        trainer.accelerator = types.SimpleNamespace(backward=lambda loss: losses.append(loss * len(logits)))
+        monkeypatch.setattr(trainer, "_logits", lambda *_: next(passes), raising=False)
+        monkeypatch.setattr(training, "qa_cross_entropy", lambda z, *_: F.cross_entropy(z, labels))
+        monkeypatch.setattr(trainer, "_distance", lambda z, teacher, mask: F.mse_loss(z, teacher), raising=False)
+        batch = dict.fromkeys(("attention_mask", "start_positions", "end_positions"), torch.zeros(1))
+        trainer.joint_losses(None, batch, [("", {})] * len(logits), 1.0)
+        return losses
+
+    return run
 
 
-def test_cascade_distillation_reference_case():
+def test_cascade_distillation_reference_case(cascade):
     case = reference_case("d1_cdt")
     widths = ["32", "8", "4"]
     logits = [torch.tensor(case["logits"][width], requires_grad=True) for width in widths]
@@ -210,25 +222,12 @@ def test_cascade_distillation_reference_case():
         torch.testing.assert_close(tensor.grad, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_cascade_by_hand():
+def test_cascade_by_hand(cascade):
     high, low = torch.tensor([[2.0, 0.0]], requires_grad=True), torch.tensor([[0.0, 0.0]], requires_grad=True)
     losses = cascade([high, low], torch.tensor([0]), weight=0.5)
     assert losses[1].item() == pytest.approx(math.log(2) + 0.5 * 2.0)
     losses[1].backward()
     assert high.grad is None, "the teacher is not dragged to the student"
-
-
-def test_cascade_runs_pass_by_pass():
-    events = []
-
-    def passes():
-        for number in range(3):
-            events.append(f"forward {number}")
-            yield torch.zeros(1, 2)
-
-    for number, _ in enumerate(training.cascade_losses(passes(), lambda z: z.sum(), F.mse_loss)):
-        events.append(f"backward {number}")
-    assert events == [f"{kind} {number}" for number in range(3) for kind in ("forward", "backward")]
 
 
 # ---- runs
@@ -270,7 +269,7 @@ def make_trainer(run, monkeypatch, tmp_path):
             raise InterruptedError
 
         with monkeypatch.context() as patch:
-            patch.setattr(run_qa, "run", catch)
+            patch.setattr(run_qa.AdaptiveLoRATrainer, "run", catch)
             with pytest.raises(InterruptedError):
                 run(*flags, "--overwrite_output_dir", **options)
         trainer = caught[0]
@@ -355,7 +354,7 @@ def test_untrained_model_is_the_post_training_quantized_model(make_trainer, tiny
     stock = QuantGPT2ForQuestionAnswering.from_pretrained(tiny_model)
     stock.qa_outputs.load_state_dict(trainer.model.qa_outputs.state_dict())  # a stock GPT-2 has no such head
     trainer.model.eval()
-    passes = trainer.sampler(0, total_steps=2)
+    passes = trainer.step_configs(0)
     with torch.no_grad():
         for _, config in [*trainer.configs, *passes]:
             trainer.model.set_bit_config(config)
@@ -377,7 +376,7 @@ def test_joint_gradient_is_the_mean_of_the_passes_gradients(distill_loss, make_t
     loss, found = step(trainer, inputs)
     mask, logits, losses = inputs["attention_mask"].bool(), [], []
     model.zero_grad()
-    for _, config in trainer.sampler(0, total_steps=2):
+    for _, config in trainer.step_configs(0):
         model.set_bit_config(config)
         output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         pair = [z.masked_fill(~mask, -1e30) for z in (output.start_logits, output.end_logits)]
@@ -402,6 +401,15 @@ def test_joint_gradient_is_the_mean_of_the_passes_gradients(distill_loss, make_t
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-7, msg=lambda text, n=name: f"{n}: {text}")
 
 
+def test_every_pass_is_sent_backward_before_the_next_one(make_trainer, monkeypatch):
+    trainer, events = make_trainer("--teacher"), []
+    backward = trainer.accelerator.backward
+    trainer.model.register_forward_pre_hook(lambda *_: events.append("forward"))
+    monkeypatch.setattr(trainer.accelerator, "backward", lambda loss: events.append("backward") or backward(loss))
+    step(trainer, first_batch(trainer))
+    assert events == ["forward", "backward"] * 4
+
+
 def test_loss_is_the_models_own_where_nothing_is_padded(make_trainer):
     trainer = make_trainer("--bit_widths", "8")
     inputs = {key: value[:1] for key, value in first_batch(trainer).items()}
@@ -417,7 +425,7 @@ def test_inactive_adapters_do_not_move(make_trainer):
     inputs, seen = first_batch(trainer), set()
     for number in range(6):
         trainer.state.global_step = number
-        ((name, config),) = trainer.sampler(number, total_steps=6)
+        ((name, config),) = trainer.step_configs(number)
         active = str(config["transformer.h.0.mlp.c_fc"]["w_bits"])
         before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
         step(trainer, inputs)
@@ -464,7 +472,7 @@ def test_sequential_distillation_is_the_published_mix(make_trainer):
     trainer = make_trainer("--objective", "sequential", "--max_steps", "4")
     inputs = dict(first_batch(trainer))
     trainer.state.global_step = 2
-    assert names(trainer.sampler(2, total_steps=4)) == ["W4A4KV4"] and trainer.teacher_names("W4A4KV4") == ["W8A8KV8"]
+    assert names(trainer.step_configs(2)) == ["W4A4KV4"] and trainer.teacher_names("W4A4KV4") == ["W8A8KV8"]
     assert trainer.teacher_names("W8A8KV8") == []
     loss, found = step(trainer, inputs)
     assert not any(".lora_A.8." in name or ".lora_B.8." in name for name in found), "the teacher gets no gradient"
@@ -666,7 +674,7 @@ PUBLISHED = """--model_name_or_path /path/to/model --dataset_name squad --do_tra
 
 def parse(argv, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run_qa.py", *argv])
-    groups = (run_qa.ModelArguments, run_qa.DataTrainingArguments, run_qa.ObjectiveArguments, run_qa.TrainingArguments)
+    groups = (run_qa.BankArguments, run_qa.DataTrainingArguments, run_qa.ObjectiveArguments, run_qa.TrainingArguments)
     return run_qa.parse_args(*groups)
 
 
@@ -691,5 +699,5 @@ def test_train_script_runs_from_anywhere_and_passes_flags_on(python_stub, tmp_pa
 
 
 def test_every_flag_has_a_help_text():
-    for group in (run_qa.ModelArguments, run_qa.ObjectiveArguments):
+    for group in (run_qa.BankArguments, run_qa.ObjectiveArguments):
         assert all(field.metadata.get("help") for field in dataclasses.fields(group))

@@ -6,9 +6,10 @@ import os
 import torch
 from transformers import Trainer
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from common.resuming import MANIFEST_FILE, on_rank_zero, seal
+from models.bit_config import short_name
 from models.errors import UserError
 
 
@@ -106,6 +107,16 @@ class StepMeanTrainer(ResumableTrainer):
     def mean_loss(self, model, inputs):
         """(mean loss of the samples of a micro-batch, outputs)."""
         return super().compute_loss(model, inputs, return_outputs=True)
+
+    def stop_unless_finite(self, loss):
+        """Raise before the optimizer step when the loss is NaN or infinite; what is on disk stays as it is."""
+        if not torch.isfinite(loss):
+            config = self.accelerator.unwrap_model(self.model).config.bit_config
+            raise FloatingPointError(
+                f"loss is {loss.item()} at step {self.state.global_step + 1} (bit config: {short_name(config)}); "
+                f"last checkpoint: {get_last_checkpoint(self.args.output_dir) or 'none yet'}. Try a lower "
+                "--learning_rate, or --bf16 instead of --fp16"
+            )
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()

@@ -112,6 +112,13 @@ def output_dir_lock(folder, shared=False):
     return file
 
 
+def run_lock(folder):
+    """`output_dir_lock`, by rank 0 for all processes of the run; kept as long as the returned list lives."""
+    held = []
+    on_rank_zero(lambda: held.append(output_dir_lock(folder)))
+    return held
+
+
 def on_rank_zero(function):
     """function() of rank 0, on every rank. What it refuses ends all of them, with one message."""
     state, result = PartialState(), None

@@ -103,19 +103,30 @@ def resolve_configs(model, texts):
 
     A file is named by its stem (by its path where two stems agree), a width by its W-A-KV notation.
     """
-    texts = list(dict.fromkeys(texts))
-    names = [config_name(text) for text in texts]
-    saved, configs, faults = model.config.bit_config, {}, []
-    for text, name in zip(texts, names, strict=True):
+    resolved, faults = {}, []
+    for text in dict.fromkeys(texts):
         try:
-            with model.at_bits(saved if text == "checkpoint" else text) as resolved:
-                if names.count(name) > 1 and text != "checkpoint" and os.path.isfile(text):
-                    name = text
-                configs[name if configs.get(name, resolved) == resolved else text] = resolved
+            with model.at_bits(model.config.bit_config if text == "checkpoint" else text) as found:
+                resolved[text] = found
         except (ValueError, OSError) as error:
-            lines = str(error).splitlines()
-            more = [f"... and {len(lines) - 3} more of this config"] if len(lines) > 4 else lines[3:]
-            faults += [line if line.startswith(text) else f"{text}: {line}" for line in lines[:3] + more]
+            faults += fault_lines(text, error)
     if faults:
         raise UserError("nothing was evaluated; bit configs with faults:\n  " + "\n  ".join(faults))
+    return name_configs(resolved)
+
+
+def fault_lines(text, error):
+    """The first faults of a config, a line each, and how many more there are."""
+    lines = str(error).splitlines()
+    more = [f"... and {len(lines) - 3} more of this config"] if len(lines) > 4 else lines[3:]
+    return [line if line.startswith(text) else f"{text}: {line}" for line in lines[:3] + more]
+
+
+def name_configs(resolved):
+    """{name: config} of {what the user typed: config}; two different configs never share a name."""
+    names, configs = [config_name(text) for text in resolved], {}
+    for (text, config), name in zip(resolved.items(), names, strict=True):
+        if names.count(name) > 1 and text != "checkpoint" and os.path.isfile(text):
+            name = text
+        configs[name if configs.get(name, config) == config else text] = config
     return configs
