@@ -1,6 +1,6 @@
 """Questions a second of the SQuAD evaluation: on integers, batches by length, against fake quantization padded to 786.
 
-    python tests/bench_eval.py --tokenizer ../gpt2 --validation_file dev-v1.1.json      # about 10 minutes
+    python benchmark/bench_eval.py --tokenizer ../gpt2 --validation_file dev-v1.1.json      # about 10 minutes
 
 GPT-2 124M size with random weights and a LoRA bank, through switch_precision/run_qa_eval.py. Forward passes,
 post-processing and scores count; loading and tokenizing, which both need once, do not. The padded way, that of the

@@ -1,8 +1,8 @@
 """Time of one evaluation forward: float32 transformers GPT-2 against fake and integer quantization with LoRA.
 
-    python tests/bench_forward.py                   # GPT-2 124M size, random weights, batch 8 x 384; about 4 minutes
-    python tests/bench_forward.py --torch_compile   # also whole models under torch.compile
-    python tests/bench_forward.py --profile         # also where the time of the W8A8 forward goes
+    python benchmark/bench_forward.py                   # GPT-2 124M size, random weights, batch 8 x 384; about 4 minutes
+    python benchmark/bench_forward.py --torch_compile   # also whole models under torch.compile
+    python benchmark/bench_forward.py --profile         # also where the time of the W8A8 forward goes
 
 The variants run in turn, round by round, so that a machine that changes speed changes all of them; printed are the
 median seconds and the median of the round-wise speed relative to the first variant. LoRA r 8 on all 48 linears.
@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2ForQuestionAnswering
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "base_model"))
 from common.record import run_record, write_json_atomic  # noqa: E402
-from models import integer, kernels  # noqa: E402
+from models.fast import integer, kernels  # noqa: E402
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering  # noqa: E402
 
 REFERENCE = "float32 transformers, eager"

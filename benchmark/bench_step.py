@@ -1,7 +1,7 @@
 """Cost of one training step: stock float32 GPT-2 + LoRA against static W8A8KV8 + LoRA: fake and integer, also in bf16.
 
-    python tests/bench_step.py                 # GPT-2 124M size, random weights, batch 4 x 384; about 3 minutes
-    python tests/bench_step.py --joint         # one width against widths 8 and 4 with cascade distillation
+    python benchmark/bench_step.py                 # GPT-2 124M size, random weights, batch 4 x 384; about 3 minutes
+    python benchmark/bench_step.py --joint         # one width against widths 8 and 4 with cascade distillation
 
 The variants run in turn, round by round, so that a machine that changes speed changes all of them; printed are the
 median seconds and the median of the round-wise ratio to the first variant. LoRA r 8, alpha 16 on all 48 linears, base

@@ -24,19 +24,21 @@ import sys
 import tempfile
 import time
 
-import peers
 import torch
 from transformers.utils import logging as transformers_logging
 
-from allocation.plots import plt, save
-from common.arguments import option
-from common.flags import parse_args
-from common.record import relative_path, run_record, write_json_atomic, write_text_atomic
-from common.script import plain_errors
-from common.statistics import markdown_table
-from models.bit_config import describe_bit_config
-from models.errors import UserError
-from models.user_input import read_json
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
+sys.path[1:1] = [os.path.join(ROOT, folder) for folder in ("base_model", "switch_precision")]
+import peers  # noqa: E402
+from allocation.plots import plt, save  # noqa: E402
+from common.arguments import option  # noqa: E402
+from common.flags import parse_args  # noqa: E402
+from common.record import relative_path, run_record, write_json_atomic, write_text_atomic  # noqa: E402
+from common.script import plain_errors  # noqa: E402
+from common.statistics import markdown_table  # noqa: E402
+from models.bit_config import describe_bit_config  # noqa: E402
+from models.errors import UserError  # noqa: E402
+from models.user_input import read_json  # noqa: E402
 
 logger = logging.getLogger("benchmark")
 PAUSE = 0.01  # seconds before a timed run, in which the thread pool of the peer before stops spinning

@@ -28,14 +28,16 @@ from transformers import GPT2Config, GPT2ForQuestionAnswering
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from common.loading import resolve_configs, trained_configs
-from common.record import write_json_atomic
-from models.bitsandbytes_ptq import quantize_with_bitsandbytes
-from models.errors import UserError
-from models.exported import exported_state, served_widths
-from models.fast.integer import unpack_int4
-from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
-from models.quantization import FLOAT_BITS, dequantize
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
+sys.path[1:1] = [os.path.join(ROOT, folder) for folder in ("base_model", "switch_precision")]
+from common.loading import resolve_configs, trained_configs  # noqa: E402
+from common.record import write_json_atomic  # noqa: E402
+from models.bitsandbytes_ptq import quantize_with_bitsandbytes  # noqa: E402
+from models.errors import UserError  # noqa: E402
+from models.exported import exported_state, served_widths  # noqa: E402
+from models.fast.integer import unpack_int4  # noqa: E402
+from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering  # noqa: E402
+from models.quantization import FLOAT_BITS, dequantize  # noqa: E402
 
 REFERENCE = "fp32"
 # {name: (label, packages)}

@@ -18,7 +18,6 @@ import os
 import time
 
 import torch
-from perplexity import perplexity_of_configs, read_tokens, table_lines
 from transformers import default_data_collator, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -35,6 +34,7 @@ from common.training_args import TrainingArguments
 from models.bit_config import short_name
 from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2LMHeadModel
+from perplexity import perplexity_of_configs, read_tokens, table_lines
 
 
 @dataclasses.dataclass

@@ -167,7 +167,9 @@ def main():
             ("bench_forward", "bench_forward.py", [], ["--rounds", "20", "--batch_size", "32"]),
         ):
             output = ["--output", checks.folder / f"{name}.json"]
-            checks.stage(name, 60 * slower, [python, f"tests/{script}", *flags, *(size if small else real), *output])
+            checks.stage(
+                name, 60 * slower, [python, f"benchmark/{script}", *flags, *(size if small else real), *output]
+            )
 
     print(json.dumps({name: stage["result"] for name, stage in checks.stages.items()}))
     return 0 if checks.ok() else 1

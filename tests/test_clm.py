@@ -1,4 +1,4 @@
-"""switch_precision's language-model scripts, end to end on a tiny GPT-2: generate.py, run_clm.py, perplexity."""
+"""The language-model scripts, end to end on a tiny GPT-2: generate.py, run_clm.py, perplexity."""
 
 import json
 import logging
@@ -14,14 +14,13 @@ from transformers import AutoTokenizer
 
 from conftest import NAMES, THINGS, experiment
 
-with experiment("switch_precision"):
+with experiment("language_model"):
     import generate
     import perplexity
     import run_clm
-    from perplexity import read_tokens
-
     from common.script import plain_errors
     from models.modeling_gpt2_quant import QuantGPT2LMHeadModel
+    from perplexity import read_tokens
 
 TRAIN = ["--block_size", "32", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--max_steps", "4"]
 TRAIN += ["--use_cpu", "True", "--disable_tqdm", "True", "--seed", "3", "--save_strategy", "no"]
@@ -304,7 +303,7 @@ def test_generate_refuses(words, message, trained, tmp_path, monkeypatch):
 
 
 def test_checkpoint_of_another_head_is_refused(tiny_model, tmp_path, monkeypatch):
-    with experiment("switch_precision"):
+    with experiment("language_model"):
         from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
 
         model = QuantGPT2ForQuestionAnswering.from_pretrained(tiny_model)

@@ -4,12 +4,12 @@ import itertools
 import logging
 import shutil
 
-import models.integer as integer
-import models.kernels as kernels
 import pytest
 import torch
 import torch.nn.functional as F
 
+import models.fast.integer as integer
+import models.fast.kernels as kernels
 import models.modeling_gpt2_quant as modeling
 from models.fast.integer import integer_linear, pack_int4, unpack_int4
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering, QuantLinear, TanhGELU

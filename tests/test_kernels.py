@@ -4,14 +4,14 @@ import logging
 import shutil
 import subprocess
 
-import models.attention as attention
-import models.integer as integer
-import models.kernels as kernels
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import models.fast.attention as attention
+import models.fast.integer as integer
+import models.fast.kernels as kernels
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering, TanhGELU
 from models.quantization import fake_quantize_kv_, quantize
 from test_modeling import batch, tiny_config

@@ -25,6 +25,7 @@ with experiment("base_model"):
 with experiment("switch_precision"):
     import adaptive_lora_trainer as training
     import run_qa
+    from common.step_configs import bit_configs_for_step
     from models.bit_config import describe_bit_config, resolve_bit_config
     from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
 
@@ -41,7 +42,7 @@ LAYERS = {
 
 
 def draw(step, widths=(4, 8), mixed=1, seed=42, **settings):
-    return training.bit_configs_for_step(step, seed, LAYERS, list(widths), mixed, **settings)
+    return bit_configs_for_step(step, seed, LAYERS, list(widths), mixed, **settings)
 
 
 def names(passes):
@@ -128,9 +129,7 @@ def test_curriculum_lets_lower_widths_join():
 
 
 def test_explicit_configs_replace_the_sampler():
-    model_args = run_qa.ModelArguments(
-        bit_configs=["W4A8KV8", str(ROOT / "configs/hybrid_25pct_4bit.json"), "W4A4KV4"]
-    )
+    model_args = run_qa.BankArguments(bit_configs=["W4A8KV8", str(ROOT / "configs/hybrid_25pct_4bit.json"), "W4A4KV4"])
     targets = run_qa.target_configs(model_args, LAYERS)
     assert names(targets) == ["hybrid_25pct_4bit", "W4A8KV8", "W4A4KV4"]
     assert draw(0, explicit=targets) == draw(9, explicit=targets) == targets
@@ -270,7 +269,7 @@ def make_trainer(run, monkeypatch, tmp_path):
             raise InterruptedError
 
         with monkeypatch.context() as patch:
-            patch.setattr(run_qa, "run", catch)
+            patch.setattr(training.AdaptiveLoRATrainer, "run", catch)
             with pytest.raises(InterruptedError):
                 run(*flags, "--overwrite_output_dir", **options)
         trainer = caught[0]
@@ -666,7 +665,7 @@ PUBLISHED = """--model_name_or_path /path/to/model --dataset_name squad --do_tra
 
 def parse(argv, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run_qa.py", *argv])
-    groups = (run_qa.ModelArguments, run_qa.DataTrainingArguments, run_qa.ObjectiveArguments, run_qa.TrainingArguments)
+    groups = (run_qa.BankArguments, run_qa.DataTrainingArguments, run_qa.ObjectiveArguments, run_qa.TrainingArguments)
     return run_qa.parse_args(*groups)
 
 
@@ -691,5 +690,5 @@ def test_train_script_runs_from_anywhere_and_passes_flags_on(python_stub, tmp_pa
 
 
 def test_every_flag_has_a_help_text():
-    for group in (run_qa.ModelArguments, run_qa.ObjectiveArguments):
+    for group in (run_qa.BankArguments, run_qa.ObjectiveArguments):
         assert all(field.metadata.get("help") for field in dataclasses.fields(group))
