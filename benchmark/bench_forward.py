@@ -1,6 +1,6 @@
 """Time of one evaluation forward: float32 transformers GPT-2 against fake and integer quantization with LoRA.
 
-    python benchmark/bench_forward.py                   # GPT-2 124M size, random weights, batch 8 x 384; about 4 minutes
+    python benchmark/bench_forward.py                   # GPT-2 124M size, random weights, batch 8 x 384; 4 minutes
     python benchmark/bench_forward.py --torch_compile   # also whole models under torch.compile
     python benchmark/bench_forward.py --profile         # also where the time of the W8A8 forward goes
 

@@ -212,6 +212,7 @@ def test_evaluation_of_stock_weights_and_of_mixed_configs(
         (["--do_eval", "--do_predict"], "no --do_predict"),
         (["--do_train", "--train_file", "TRAIN", "--bit_widths", "9"], "9 is not a bit-width"),
         (["--do_train", "--train_file", "TRAIN", "--num_mixed_configs", "-1"], "must not be negative"),
+        (["--do_train", "--train_file", "TRAIN", "--fsdp", "full_shard"], "--fsdp and --deepspeed"),
         (["--do_eval", "--validation_file", "TRAIN", "--block_size", "1"], "at least 2 tokens"),
         (["--do_eval", "--validation_file", "TRAIN", "--stride", "0"], "--stride 0: 1 to"),
         (["--do_eval", "--validation_file", "TRAIN", "--execution", "int"], "allowed are integer, fake"),

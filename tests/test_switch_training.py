@@ -141,10 +141,8 @@ def test_explicit_configs_replace_the_sampler():
 
 
 def reference_case(name):
-    path = ROOT.parent / "shared" / "reference_cases.json"
-    if not path.is_file():
-        pytest.skip("no reference_cases.json")
-    return next(case for case in json.loads(path.read_text())["cases"] if case["id"] == name)
+    cases = json.loads((ROOT / "tests" / "reference_cases.json").read_text())["cases"]
+    return next(case for case in cases if case["id"] == name)
 
 
 def test_qa_distillation_by_hand():
