@@ -25,9 +25,10 @@ import tempfile
 import time
 
 import matplotlib
-import peers
 import torch
 from transformers.utils import logging as transformers_logging
+
+import peers
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "base_model"))
 from common.arguments import option  # noqa: E402

@@ -9,11 +9,11 @@ import sys
 import warnings
 
 import torch
-from peers import COMPILED, OURS, build, load, why_missing
 from transformers.utils import logging as transformers_logging
 
 from common.record import write_json_atomic  # noqa: E402 - on the path that peers.py sets
 from models.quantization import FLOAT_BITS  # noqa: E402
+from peers import COMPILED, OURS, build, load, why_missing
 
 
 def keep_only(model, resolved, execution):

@@ -18,7 +18,6 @@ import os
 import time
 
 import torch
-from perplexity import perplexity_of_configs, read_tokens, table_lines
 from transformers import default_data_collator, set_seed
 
 from common.arguments import option
@@ -33,6 +32,7 @@ from common.trainer import StepMeanTrainer
 from common.training_args import TrainingArguments
 from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2LMHeadModel
+from perplexity import perplexity_of_configs, read_tokens, table_lines
 
 
 @dataclasses.dataclass
@@ -56,6 +56,10 @@ def check_args(model_args, text_args, training_args):
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise UserError("nothing to do: pass --do_train or --do_eval")
     check_bank(model_args)
+    if text_args.num_mixed_configs < 0:
+        raise UserError(f"--num_mixed_configs {text_args.num_mixed_configs}: must not be negative")
+    if training_args.fsdp or training_args.deepspeed:
+        raise UserError("--fsdp and --deepspeed shard the model; here every process needs all of it")
     if training_args.do_predict or training_args.eval_strategy != "no":
         raise UserError("perplexity is measured once, by --do_eval: no --do_predict, no --eval_strategy")
     training_args.refuse_full_eval()

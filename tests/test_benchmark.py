@@ -1,4 +1,4 @@
-"""switch_precision/benchmark.py and its peers, on tiny models: records, sizes, errors; never a time."""
+"""benchmark/benchmark.py and its peers, on tiny models: records, sizes, errors; never a time."""
 
 import argparse
 import dataclasses
@@ -17,10 +17,9 @@ from transformers import GPT2ForQuestionAnswering
 from conftest import ROOT, experiment
 
 with experiment("benchmark"):
+    import benchmark
     import memory
     import peers
-
-    import benchmark
     from models.bit_config import describe_bit_config
     from models.exported import save_exported, served_widths
     from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering

@@ -1,4 +1,4 @@
-"""switch_precision's language-model scripts, end to end on a tiny GPT-2: generate.py, run_clm.py, perplexity."""
+"""The language-model scripts, end to end on a tiny GPT-2: generate.py, run_clm.py, perplexity."""
 
 import json
 import logging
@@ -18,10 +18,9 @@ with experiment("language_model"):
     import generate
     import perplexity
     import run_clm
-    from perplexity import read_tokens
-
     from common.script import plain_errors
     from models.modeling_gpt2_quant import QuantGPT2LMHeadModel
+    from perplexity import read_tokens
 
 TRAIN = ["--block_size", "32", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--max_steps", "4"]
 TRAIN += ["--use_cpu", "True", "--disable_tqdm", "True", "--seed", "3", "--save_strategy", "no"]
@@ -213,6 +212,7 @@ def test_evaluation_of_stock_weights_and_of_mixed_configs(
         (["--do_eval", "--do_predict"], "no --do_predict"),
         (["--do_train", "--train_file", "TRAIN", "--bit_widths", "9"], "9 is not a bit-width"),
         (["--do_train", "--train_file", "TRAIN", "--num_mixed_configs", "-1"], "must not be negative"),
+        (["--do_train", "--train_file", "TRAIN", "--fsdp", "full_shard"], "--fsdp and --deepspeed"),
         (["--do_eval", "--validation_file", "TRAIN", "--block_size", "1"], "at least 2 tokens"),
         (["--do_eval", "--validation_file", "TRAIN", "--stride", "0"], "--stride 0: 1 to"),
         (["--do_eval", "--validation_file", "TRAIN", "--execution", "int"], "allowed are integer, fake"),
@@ -304,7 +304,7 @@ def test_generate_refuses(words, message, trained, tmp_path, monkeypatch):
 
 
 def test_checkpoint_of_another_head_is_refused(tiny_model, tmp_path, monkeypatch):
-    with experiment("switch_precision"):
+    with experiment("language_model"):
         from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
 
         model = QuantGPT2ForQuestionAnswering.from_pretrained(tiny_model)

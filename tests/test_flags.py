@@ -14,7 +14,7 @@ with experiment("base_model"):
     import run_qa
     from common import flags
 
-FOLDERS = ("base_model", "switch_precision", "cpt", "adv_attack")
+FOLDERS = ("base_model", "switch_precision", "cpt", "adv_attack", "language_model", "benchmark")
 SCRIPTS = sorted(
     path
     for path in ROOT.glob("*/*.py")
@@ -52,7 +52,12 @@ def test_help_of_every_script(path, monkeypatch, capsys):
 def test_scripts_are_found():
     names = {f"{path.parent.name}/{path.name}" for path in SCRIPTS}
     assert len(names) > 25
-    assert {"base_model/run_qa_eval.py", "cpt/compare.py", "quickstart/make_model.py", "tests/bench_step.py"} <= names
+    assert {
+        "base_model/run_qa_eval.py",
+        "cpt/compare.py",
+        "quickstart/make_model.py",
+        "benchmark/bench_step.py",
+    } <= names
 
 
 # ---- numbers, choices, paths
@@ -123,8 +128,8 @@ def test_flags_that_can_work(words, monkeypatch, tmp_path):
         ("switch_precision/search.py", "SearchArguments", ["--num_random", "-1"]),
         ("switch_precision/search.py", "SearchArguments", ["--output", "FOLDER"]),
         ("switch_precision/sensitivity.py", "SweepArguments", ["--measure_split", "test"]),
-        ("switch_precision/generate.py", "GenerationArguments", ["--temperature", "nan"]),
-        ("switch_precision/generate.py", "GenerationArguments", ["--record_file", "FOLDER"]),
+        ("language_model/generate.py", "GenerationArguments", ["--temperature", "nan"]),
+        ("language_model/generate.py", "GenerationArguments", ["--record_file", "FOLDER"]),
         ("adv_attack/random_precision_inference.py", "RandomPrecisionArguments", ["--seed", "-1"]),
         ("adv_attack/whitebox_attack.py", "AttackArguments", ["--data_seed", "-1"]),
         ("cpt/run_qa.py", "CyclicArguments", ["--fixed_bits", "9"]),

@@ -11,7 +11,6 @@ from conftest import experiment
 
 with experiment("language_model"):
     from models.kv_cache import QuantizedKVCache, QuantizedKVLayer, cache_bytes, recover_codes
-
     from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering, QuantGPT2LMHeadModel
     from models.quantization import dequantize, fake_quantize, quantize
 

@@ -28,7 +28,7 @@ SCRIPTS = {  # what is trained in float32
     "switch_precision/run_qa": ("--bit_widths", "32", "--objective", "random"),
     "cpt/run_qa": ("--bit_widths", "32", "32", "--num_cyclic_period", "1"),
     "adv_attack/text_classification": (),
-    "switch_precision/run_clm": ("--bit_widths", "16", "32", "--block_size", "24"),
+    "language_model/run_clm": ("--bit_widths", "16", "32", "--block_size", "24"),
 }
 CASES = {  # samples, batch of all processes, accumulated batches
     "even": (8, 4, 1),

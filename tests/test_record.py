@@ -105,8 +105,9 @@ def test_leftovers_of_killed_writers_are_removed_and_those_of_living_ones_stay(t
 def test_killed_writer_leaves_the_old_file_and_the_next_write_cleans_up(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    code = "import os, sys, record\nwith record.atomic_path(sys.argv[1]) as name:\n open(name, 'w').write('half')\n"
-    where = os.path.dirname(record.__file__)
+    code = "import os, sys\nfrom common import record\n"
+    code += "with record.atomic_path(sys.argv[1]) as name:\n open(name, 'w').write('half')\n"
+    where = os.path.dirname(os.path.dirname(record.__file__))
     done = subprocess.run([sys.executable, "-c", code + " os.kill(os.getpid(), 9)", str(path)], cwd=where)
     assert done.returncode == -9 and path.read_text() == "old" and len(os.listdir(tmp_path)) == 2
     record.write_text_atomic(path, "new")

@@ -20,8 +20,10 @@ from conftest import ROOT, experiment, tiny_squad
 
 with experiment("adv_attack"):
     import text_classification
-with experiment("switch_precision"):
+with experiment("language_model"):
     import run_clm
+with experiment("switch_precision"):
+    import run_qa as switch_run_qa
 
 STEPS = ("--bit_widths", "4", "--max_steps", "4", "--save_steps", "2", "--save_strategy", "steps")
 
@@ -128,6 +130,26 @@ def test_other_data_or_weights_under_the_same_name_are_refused(finished, run, tm
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-3}))
     with pytest.raises(ValueError, match=r"other settings \(model_config"):
         run("--model_name_or_path", tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("script", "flag"), [(run_qa, "--bit_config"), (switch_run_qa, "--bit_configs")], ids=["base_model", "switch"]
+)
+def test_other_bits_in_a_file_of_the_same_name_are_refused(script, flag, words, monkeypatch, tmp_path):
+    config = tmp_path / "bits.json"
+    flags = [*words[: -len(STEPS)], "--max_steps", "1", "--save_strategy", "no", flag, str(config)]
+    monkeypatch.setattr(sys, "argv", flags)
+
+    def attempt(mlp, indent):
+        layer = {"w_bits": 8, "a_bits": 8, "kv_bits": 8}
+        rules = {"attn": layer, "mlp": layer | {"w_bits": mlp}}
+        config.write_text(json.dumps(rules, indent=indent))
+        script.main()
+
+    attempt(4, None)
+    attempt(4, 2)  # the same bits, written in another way
+    with pytest.raises(ValueError, match=r"other settings \(bits: '\w+' then, '\w+' now\)"):
+        attempt(8, None)
 
 
 def test_a_moved_model_and_a_moved_file_are_the_same(finished, run, tmp_path, tiny_model, squad_files):
@@ -358,7 +380,7 @@ def test_a_second_run_is_refused_while_the_first_lives_and_not_after(words, run,
 def test_every_process_of_a_run_keeps_the_folder(tmp_path):
     """A worker that outlives rank 0 holds its share of the lock; two shares do not hinder each other."""
     first = resuming.output_dir_lock(tmp_path, shared=True)
-    code = "import sys, resuming; resuming.output_dir_lock(sys.argv[1], shared=sys.argv[2] == 'shared')"
+    code = "import sys; from common.resuming import *; output_dir_lock(sys.argv[1], shared=sys.argv[2] == 'shared')"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "base_model")}
 
     def ends_well(kind):

@@ -16,7 +16,7 @@ BITS = {"BIT_CONFIG": "W4A8KV8"}
 GPU = {"STUB_GPUS": "1"}
 TRAIN_SCRIPTS = ["base_model/train.sh", "switch_precision/train.sh", "cpt/train.sh", "adv_attack/train.sh"]
 LAUNCHING = [*TRAIN_SCRIPTS, "base_model/eval.sh", "switch_precision/eval.sh", "cpt/eval.sh"]
-SCRIPTS = [*LAUNCHING, "switch_precision/sweep.sh", "switch_precision/bench.sh", "adv_attack/attack.sh"]
+SCRIPTS = [*LAUNCHING, "switch_precision/sweep.sh", "benchmark/bench.sh", "adv_attack/attack.sh"]
 SCRIPTS += ["adv_attack/eval.sh"]
 
 
@@ -67,9 +67,9 @@ def flags_of(python_stub):
         ("cpt/train.sh", "--bit_widths 3 8", {}, {"bit_widths": [3, 8], "num_cyclic_period": 32}),
         ("cpt/train.sh", "--precision_range_test", {}, {"precision_range_test": True}),
         ("adv_attack/train.sh", "--bit_widths 4", BITS, {"bit_config": None, "bit_widths": [4]}),
-        ("switch_precision/bench.sh", "--bit_configs=4", {}, {"bit_configs": ["4"], "random_weights": True}),
-        ("switch_precision/bench.sh", "", {}, {"bit_configs": ["8", "W4A8KV8"], "random_weights": True}),
-        ("switch_precision/bench.sh", "", BITS, {"bit_configs": ["W4A8KV8"], "random_weights": True}),
+        ("benchmark/bench.sh", "--bit_configs=4", {}, {"bit_configs": ["4"], "random_weights": True}),
+        ("benchmark/bench.sh", "", {}, {"bit_configs": ["8", "W4A8KV8"], "random_weights": True}),
+        ("benchmark/bench.sh", "", BITS, {"bit_configs": ["W4A8KV8"], "random_weights": True}),
         # data types on a GPU
         ("switch_precision/train.sh", "", GPU, {"bf16": True, "fp16": False}),
         ("switch_precision/train.sh", "--fp16", GPU, {"bf16": False, "fp16": True}),
@@ -95,14 +95,14 @@ def flags_of(python_stub):
         ("adv_attack/train.sh", "--dataset_name d", FILES | {"DATASET": "x"}, {"dataset_name": "d"}),
         ("adv_attack/attack.sh", "--dataset_name d", FILES, {"dataset_name": "d", "train_file": None}),
         (
-            "switch_precision/bench.sh",
+            "benchmark/bench.sh",
             "--model-name-or-path=m",
             {},
             {"model_name_or_path": "m", "random_weights": False},
         ),
-        ("switch_precision/bench.sh", "", {"MODEL": "m"}, {"model_name_or_path": "m", "bit_configs": None}),
+        ("benchmark/bench.sh", "", {"MODEL": "m"}, {"model_name_or_path": "m", "bit_configs": None}),
         (
-            "switch_precision/bench.sh",
+            "benchmark/bench.sh",
             "--random_weights",
             {"MODEL": "m"},
             {"model_name_or_path": None, "random_weights": True},

@@ -339,7 +339,7 @@ def tools(bank, squad_files):
     tokenizer.pad_token = tokenizer.eos_token
     data = sensitivity.DataTrainingArguments(validation_file=squad_files[1], max_seq_length=22, doc_stride=4)
     arguments = sensitivity.TrainingArguments("unused", use_cpu=True, per_device_eval_batch_size=5, disable_tqdm=True)
-    model_args = sensitivity.SweepArguments(bank)
+    model_args = sensitivity.SweepArguments(model_name_or_path=bank)
     return model, measure_set.load_measure_set(model, tokenizer, model_args, data, arguments, 2)[0]
 
 

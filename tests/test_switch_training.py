@@ -26,6 +26,7 @@ with experiment("base_model"):
 with experiment("switch_precision"):
     import adaptive_lora_trainer as training
     import run_qa
+    from common.step_configs import bit_configs_for_step
     from models.bit_config import describe_bit_config, resolve_bit_config
     from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
 
@@ -42,7 +43,7 @@ LAYERS = {
 
 
 def draw(step, widths=(4, 8), mixed=1, seed=42, **settings):
-    return training.bit_configs_for_step(step, seed, LAYERS, list(widths), mixed, **settings)
+    return bit_configs_for_step(step, seed, LAYERS, list(widths), mixed, **settings)
 
 
 def names(passes):
@@ -141,10 +142,8 @@ def test_explicit_configs_replace_the_sampler():
 
 
 def reference_case(name):
-    path = ROOT.parent / "shared" / "reference_cases.json"
-    if not path.is_file():
-        pytest.skip("no reference_cases.json")
-    return next(case for case in json.loads(path.read_text())["cases"] if case["id"] == name)
+    cases = json.loads((ROOT / "tests" / "reference_cases.json").read_text())["cases"]
+    return next(case for case in cases if case["id"] == name)
 
 
 def test_qa_distillation_by_hand():

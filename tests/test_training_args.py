@@ -11,6 +11,8 @@ import torch
 import transformers
 
 import run_qa
+from common.arguments import ModelArguments
+from common.squad_data import load_qa_datasets
 from common.training_args import TrainingArguments
 from conftest import experiment
 from models.errors import UserError
@@ -109,7 +111,7 @@ def test_scripts_of_one_process_refuse_more(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["generate.py"])
     for script in (run_qa, switch_run_qa, text_classification):
         with pytest.raises(ValueError, match="one process, not 2"):
-            script.parse_args(script.ModelArguments)
+            script.parse_args(ModelArguments)
 
 
 def test_saved_arguments_open_without_the_subclass(tmp_path):
@@ -208,7 +210,7 @@ def test_eval_loss_is_the_training_loss(run, squad_files, tiny_model, tmp_path):
     """One window at a time through upstream's own loss, which without padding is the same."""
     metrics = run("--bit_widths", "8", "--execution", "fake")["metrics"]
     model = run_qa.QuantGPT2ForQuestionAnswering.from_pretrained(tmp_path / "out")
-    examples = run_qa.load_qa_datasets(validation_file=squad_files[1], splits=["validation"])["validation"]
+    examples = load_qa_datasets(validation_file=squad_files[1], splits=["validation"])["validation"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
     features = prepare_train_features(examples[:], tokenizer, 96, 16, "\n")
     losses = []
