@@ -9,7 +9,7 @@
 # Environment: MODEL OUTPUT_DIR BIT_CONFIG
 set -euo pipefail
 here="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
-source "$here/common.sh"
+source "$here/../base_model/common.sh"
 
 check_python
 bit_config_flag --bit_configs bit_configs
