@@ -1,19 +1,23 @@
-"""Table and plot of the quick start's records; README tables of an attack on real text and of the benchmark.
+"""Tables of the README pages, and the quick start's plot, from the records.
 
 python quickstart/report.py --records quickstart/work/records --output_dir quickstart/work
-python quickstart/report.py --records results/quickstart --output_dir results --readme README.md
-python quickstart/report.py --attack results/adv_attack/plain_rpi.json --readme README.md
-python quickstart/report.py --benchmark results/benchmark.json --readme README.md
+python quickstart/report.py --records results/quickstart --output_dir results --pages README.md quickstart/README.md
+python quickstart/report.py --attack results/adv_attack/plain_rpi.json --pages adv_attack/README.md
+python quickstart/report.py --benchmark results/benchmark.json --pages benchmark/README.md
+python quickstart/report.py --compare results/cpt_compare.json --pages cpt/README.md
+python quickstart/report.py --steps results/bench_step.json results/bench_step_joint.json --pages benchmark/README.md
 """
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from scipy.stats import t as student_t  # noqa: E402
 
 NOTICE = "Tiny stand-in (made-up text, tiny GPT-2): shows that the code works, says nothing about GPT-2 on SQuAD."
 ROWS = {
@@ -24,11 +28,73 @@ ROWS = {
     "bnb_nf4": ("LoRA, then bitsandbytes nf4 (weight-only)", "4"),
     "static_w4": ("LoRA trained at W4A4KV4", "4"),
 }
+# What is published for GPT-2 124M (EM, F1), and where the quick start does the same: record, config.
+OVERVIEW = {
+    "full fine-tuning, float32": (64.05, 75.10, "full_fp32", None),
+    "full fine-tuning, float16": (64.03, 75.16, None, None),
+    "LoRA, not quantized (published: bf16)": (69.39, 79.29, "lora_fp32", None),
+    "8-bit static": (63.83, 75.08, None, None),
+    "4-bit static": (42.76, 56.47, "static_w4", None),
+    "switchable, served at 8 bits": (67.53, 77.69, "switch_eval", "W8A8KV8"),
+    "switchable, hybrid of 4 and 8 bits": (60.98, 72.31, "switch_eval", "hybrid_4blocks"),
+    "switchable, served at 4 bits": (44.25, 57.47, "switch_eval", "W4A4KV4"),
+    "CPT, served at 8 bits": (63.54, 74.70, "cpt_eval", "W8A8KV8"),
+    "CPT, served at 7 bits": (63.77, 74.85, "cpt_eval", "W7A7KV7"),
+    "CPT, served at 6 bits": (63.05, 74.26, "cpt_eval", "W6A6KV6"),
+    "CPT, served at 4 bits": (41.19, 55.94, "cpt_eval", "W4A4KV4"),
+}
 
 
 def load(path):
     """JSON of a record."""
     return json.loads(path.read_text(encoding="utf-8-sig"))
+
+
+def overview_table(records):
+    """Markdown: the published figures beside those of the quick start."""
+    lines = ["| | GPT-2 124M on SQuAD v1.1, published: EM / F1 | tiny stand-in, ours: EM / F1 |", "|---|---|---|"]
+    for label, (exact, f1, name, config) in OVERVIEW.items():
+        cell = "-"
+        if name and (records / f"{name}.json").exists():
+            record = load(records / f"{name}.json")
+            scores = {key.removeprefix("eval_"): value for key, value in record["metrics"].items()}
+            if config:
+                scores = next(row for row in record["rows"] if row["config"] == config)
+            cell = f"{scores['exact_match']:.1f} / {scores['f1']:.1f}"
+        lines.append(f"| {label} | {exact:.2f} / {f1:.2f} | {cell} |")
+    return "\n".join(lines)
+
+
+def paired_difference(first, second):
+    """Mean of first - second over the seeds, with its 95 % t-interval, as text."""
+    found = [a - b for a, b in zip(first, second, strict=True)]
+    mean = statistics.mean(found)
+    if len(found) < 2:
+        return f"{mean:+.1f}"
+    half = student_t.ppf(0.975, len(found) - 1) * statistics.stdev(found) / len(found) ** 0.5
+    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+
+
+def compare_table(record):
+    """Markdown of cpt's compare.sh: EM of every training at every width, and what CPT gains over static training."""
+    scores = {row["training"]: row["scores"] for row in record["rows"]}
+    widths = sorted({width for found in scores.values() for width in found})
+    cells = {
+        training: [
+            "{mean:.1f} ({min:.1f} - {max:.1f})".format(**found[width]["exact_match"]) if width in found else "-"
+            for width in widths
+        ]
+        for training, found in scores.items()
+    }
+    costs = {row["training"]: f"{row['relative_cost']:.3f}" for row in record["rows"]}
+    cyclic = next(training for training in scores if training.startswith("cyclic"))
+    for training in [name for name in scores if name.startswith("static")]:
+        pairs = [[scores[name][width]["exact_match"]["values"] for name in (cyclic, training)] for width in widths]
+        cells[f"CPT minus {training} [95 %]"] = [paired_difference(*pair) for pair in pairs]
+    lines = [f"| EM, {len(record['seeds'])} seeds | {' | '.join(widths)} | cost of a step |"]
+    lines += ["|---" * (len(widths) + 2) + "|"]
+    lines += [f"| {' | '.join([name, *found, costs.get(name, '')])} |" for name, found in cells.items()]
+    return "\n".join(lines)
 
 
 def read_rows(records):
@@ -108,7 +174,7 @@ def quick_attack_table(record):
 
 
 def benchmark_table(record):
-    """Markdown of switch_precision's benchmark.py: speed against float32, a column a shape; time and memory at the
+    """Markdown of benchmark.py: speed against float32, a column a shape; time and memory at the
     first."""
     cells, more = {}, {}
     for row in record["rows"]:
@@ -122,6 +188,14 @@ def benchmark_table(record):
     header = ["speed / float32 (min - max)", "bits", *shapes, f"ms, {shapes[0]}", f"peak MiB, {shapes[0]}", "file MiB"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     lines += [f"| {' | '.join([*key, *(found[s] for s in shapes), *more[key]])} |" for key, found in cells.items()]
+    return "\n".join(lines)
+
+
+def step_table(record):
+    """Markdown of bench_step.py: time of a training step against the first variant's."""
+    lines = ["| one training step | time, ratio (min - max) |", "|---|---|"]
+    for name, row in record.get("metrics", record)["variants"].items():
+        lines.append(f"| {name} | {row['ratio']:.2f} ({min(row['ratios']):.2f} - {max(row['ratios']):.2f}) |")
     return "\n".join(lines)
 
 
@@ -142,12 +216,16 @@ def plot(rows, path):
     figure.savefig(path, dpi=150)
 
 
-def write_into(readme, text, name):
-    """Replace what stands between the two markers `name` of the README."""
-    begin, end = f"<!-- {name} table: begin -->", f"<!-- {name} table: end -->"
-    before, rest = readme.read_text().split(begin)
-    _, after = rest.split(end)
-    readme.write_text(f"{before}{begin}\n{text}{end}{after}")
+def write_into(pages, tables):
+    """Put each table {name: text} into the page that has its two markers."""
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for name, table_text in tables.items():
+            begin, end = f"<!-- {name} table: begin -->", f"<!-- {name} table: end -->"
+            if begin in text:
+                before, rest = text.split(begin)
+                text = f"{before}{begin}\n{table_text}\n{end}{rest.split(end)[1]}"
+        page.write_text(text, encoding="utf-8")
 
 
 def main():
@@ -155,30 +233,31 @@ def main():
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--records", type=Path, help="folder of the run records")
     source.add_argument("--attack", type=Path, help="record of random_precision_inference.py on real text")
-    source.add_argument("--benchmark", type=Path, help="record of switch_precision/benchmark.py")
+    source.add_argument("--benchmark", type=Path, help="record of benchmark/benchmark.py")
+    source.add_argument("--compare", type=Path, help="record of cpt/compare.sh")
+    source.add_argument("--steps", type=Path, nargs="+", help="records of benchmark/bench_step.py")
     parser.add_argument("--output_dir", type=Path, help="with --records: where quickstart.md and quickstart.png go")
-    parser.add_argument("--readme", type=Path, help="also put the table into this file, between its markers")
+    parser.add_argument("--pages", type=Path, nargs="+", default=[], help="pages whose markers get the table")
     args = parser.parse_args()
-    for name, path, make in (("attack", args.attack, attack_table), ("benchmark", args.benchmark, benchmark_table)):
-        if path:
-            text = f"{make(json.loads(path.read_text(encoding='utf-8-sig')))}\n"
-            if args.readme:
-                write_into(args.readme, text, name)
+    makers = {"attack": attack_table, "benchmark": benchmark_table, "compare": compare_table, "steps": step_table}
+    for name, make in makers.items():
+        if paths := getattr(args, name):
+            text = "\n\n".join(make(load(path)) for path in (paths if name == "steps" else [paths]))
+            write_into(args.pages, {name: text})
             print(text)
             return
     if not args.output_dir:
         parser.error("--records needs --output_dir")
     rows = read_rows(args.records)
-    text = f"{NOTICE}\n\n{table(rows)}\n"
+    text = f"{NOTICE}\n\n{table(rows)}"
     tables = {"switch_eval": switchable_table, "cpt_eval": cyclic_table, "attack_rpi": quick_attack_table}
     for name, make in tables.items():
         if (args.records / f"{name}.json").exists():
-            text += f"\n{make(load(args.records / f'{name}.json'))}\n"
-    (args.output_dir / "quickstart.md").write_text(text)
+            text += f"\n\n{make(load(args.records / f'{name}.json'))}"
+    (args.output_dir / "quickstart.md").write_text(f"{text}\n")
     plot(rows, args.output_dir / "quickstart.png")
-    if args.readme:
-        write_into(args.readme, text, "quickstart")
-    print(f"\n{text}\nplot: {args.output_dir / 'quickstart.png'}")
+    write_into(args.pages, {"overview": overview_table(args.records), "quickstart": text})
+    print(f"\n{text}\n\nplot: {args.output_dir / 'quickstart.png'}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Table and summary over seeds of the records that seeds.sh made.
 
 python quickstart/seeds.py --records quickstart/work/seeds --seeds 42 43 44 --output quickstart/work/seeds.json
-python quickstart/seeds.py --summary results/quickstart_seeds.json --readme README.md
+python quickstart/seeds.py --summary results/quickstart_seeds.json --pages switch_precision/README.md
 """
 
 import argparse
@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from report import NOTICE, write_into
+from report import NOTICE, paired_difference, write_into
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "base_model"))
 from common.record import run_record, write_json_atomic  # noqa: E402
@@ -24,6 +24,8 @@ METHODS = {
     "sequential_passes": "sequential, equal passes",
     "ptq": "LoRA in float32, quantized afterwards",
 }
+PAIRS = (("uniform", "sequential_passes"), ("joint", "sequential_passes"), ("joint", "sequential_steps"),
+         ("joint", "uniform"), ("uniform", "ptq"), ("joint", "ptq"), ("sequential_passes", "ptq"))  # fmt: skip
 
 
 def load(path):
@@ -88,12 +90,19 @@ def table(summary):
         row = summary["methods"][method]
         cells = " | ".join(f"{row[b]['mean']:.1f} ({row[b]['min']:.1f} - {row[b]['max']:.1f})" for b in BITS)
         lines.append(f"| {label} | {row['steps']} | {row['passes']} | {cells} |")
+    lines += ["", "| EM, difference of the same seeds [95 %] | at 8 bits | at 4 bits |", "|---|---|---|"]
+    for first, second in PAIRS:
+        found = [[summary["methods"][method][bits]["values"] for method in (first, second)] for bits in BITS]
+        cells = " | ".join(paired_difference(*values) for values in found)
+        lines.append(f"| {METHODS[first]}, minus {METHODS[second]} | {cells} |")
     lines += ["", "| seed | average bits | found, EM | random of that budget, mean EM (s.d.) | random better |"]
     lines += ["|---|---|---|---|---|"]
     for seed, row in summary["searches"].items():
         random = f"{row['mean_exact_match']:.1f} ({row['std_exact_match']:.1f})"
         better = f"{row['better_than_found']} of {row['number']}"
         lines.append(f"| {seed} | {row['average_w_bits']:.2f} | {row['found']:.1f} | {random} | {better} |")
+    found, random = ([row[key] for row in summary["searches"].values()] for key in ("found", "mean_exact_match"))
+    lines.append(f"| all | | found minus mean of random [95 %]: {paired_difference(found, random)} | | |")
     return "\n".join(lines)
 
 
@@ -104,14 +113,13 @@ def main():
     source.add_argument("--summary", type=Path, help="a summary made earlier")
     parser.add_argument("--seeds", nargs="+", default=["42", "43", "44"], help="with --records: the seeds that it ran")
     parser.add_argument("--output", type=Path, help="with --records: where the summary goes")
-    parser.add_argument("--readme", type=Path, help="put the table into this file, between its markers")
+    parser.add_argument("--pages", type=Path, nargs="+", default=[], help="pages whose markers get the table")
     args = parser.parse_args()
     summary = summarize(args.records, args.seeds) if args.records else load(args.summary)
     if args.output:
         write_json_atomic(args.output, summary)
-    text = f"{summary['notice']}\n\n{table(summary)}\n"
-    if args.readme:
-        write_into(args.readme, text, "seeds")
+    text = f"{summary['notice']}\n\n{table(summary)}"
+    write_into(args.pages, {"seeds": text})
     print(text)
 
 

@@ -90,31 +90,46 @@ def test_model_without_data_is_one_clear_error(tmp_path):
     assert done.returncode == 2 and "run make_data.py" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_readme_table_and_plot_come_from_the_records(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text((ROOT / "README.md").read_text())
-    done = run("report.py", "--records", RESULTS, "--output_dir", tmp_path, "--readme", readme)
+def made_anew(script, words, pages, folder):
+    """What the script makes of copies of these pages."""
+    copies = [folder / page.replace("/", "_") for page in pages]
+    for page, copy in zip(pages, copies, strict=True):
+        copy.write_text((ROOT / page).read_text())
+    done = run(script, *words, "--pages", *copies)
     assert done.returncode == 0, done.stderr
-    assert readme.read_text() == (ROOT / "README.md").read_text(), "run quickstart/report.py --readme README.md"
+    return [copy.read_text() for copy in copies]
+
+
+def test_tables_and_plot_of_the_quick_start_come_from_the_records(tmp_path):
+    pages = ["README.md", "quickstart/README.md"]
+    texts = made_anew("report.py", ["--records", RESULTS, "--output_dir", tmp_path], pages, tmp_path)
+    assert texts == [(ROOT / page).read_text() for page in pages], "quickstart/README.md says how"
+    assert "overview table: begin" in texts[0] and "quickstart table: begin" in texts[1]
     assert (tmp_path / "quickstart.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("script", "flag", "records", "page", "name"),
     [
-        ("report.py", "--attack", "adv_attack/plain_rpi.json"),
-        ("report.py", "--benchmark", "benchmark.json"),
-        ("seeds.py", "--summary", "quickstart_seeds.json"),
+        ("report.py", "--attack", ["adv_attack/plain_rpi.json"], "adv_attack/README.md", "attack"),
+        ("report.py", "--benchmark", ["benchmark.json"], "benchmark/README.md", "benchmark"),
+        ("report.py", "--compare", ["cpt_compare.json"], "cpt/README.md", "compare"),
+        ("report.py", "--steps", ["bench_step.json", "bench_step_joint.json"], "benchmark/README.md", "steps"),
+        ("seeds.py", "--summary", ["quickstart_seeds.json"], "switch_precision/README.md", "seeds"),
     ],
-    ids=lambda words: words[-1],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_other_readme_tables_come_from_their_records(words, tmp_path):
-    script, flag, record = words
-    readme = tmp_path / "README.md"
-    readme.write_text((ROOT / "README.md").read_text())
-    done = run(script, flag, ROOT / "results" / record, "--readme", readme)
-    assert done.returncode == 0, done.stderr
-    assert readme.read_text() == (ROOT / "README.md").read_text(), f"run quickstart/{script} {flag} --readme README.md"
+def test_other_tables_come_from_their_records(script, flag, records, page, name, tmp_path):
+    (text,) = made_anew(script, [flag, *(ROOT / "results" / record for record in records)], [page], tmp_path)
+    assert f"<!-- {name} table: begin -->\n|" in text or "<!-- seeds table: begin -->\nTiny" in text
+    assert text == (ROOT / page).read_text(), "quickstart/README.md says how"
+
+
+def test_paired_difference_is_a_t_interval():
+    with experiment("quickstart"):
+        from report import paired_difference
+    assert paired_difference([2, 4, 6], [1, 2, 3]) == "+2.0 [-0.5, +4.5]"  # 2 +- 4.303 * 1 / sqrt(3)
+    assert paired_difference([2], [1]) == "+1.0"
 
 
 def test_report_without_records_is_one_clear_error(tmp_path):

@@ -1,7 +1,7 @@
-"""Every command of README.md, configs/README.md, the heads of the shell scripts and the docstrings is understood.
+"""Every command of the README.md files, the heads of the shell scripts and the docstrings is understood.
 
 All of them run in a copy of the repository whose python only notes its arguments; the parsers of the python scripts
-then read these. The commands of the experiments are also run for real, on tiny inputs, in the order of the README.
+then read these. The commands of the experiments are also run for real, on tiny inputs, in the order of their page.
 """
 
 import ast
@@ -16,7 +16,9 @@ import pytest
 
 from conftest import ROOT, load_script, parse_flags, save_tiny_tokenizer, stamp_venv
 
-FOLDERS = ("base_model", "switch_precision", "cpt", "adv_attack", "quickstart", "tests", "configs")
+EXPERIMENTS = ("base_model", "switch_precision", "cpt", "adv_attack", "language_model")
+FOLDERS = (*EXPERIMENTS, "benchmark", "quickstart", "tests", "configs")
+PAGES = ["README.md", *(f"{folder}/README.md" for folder in FOLDERS if folder != "tests")]
 COMMAND = re.compile(r"(?:for .*; do )?(?:[A-Z_]+=\S+ )*(?:bash|python3?|torchrun) \S*\w\.(?:sh|py)\b")
 
 
@@ -41,8 +43,7 @@ def head_commands(lines):
 
 def commands():
     """[(file, folder to run in, command)]"""
-    found = [(name, ".", line) for name in ("README.md", "configs/README.md") for line in
-             readme_commands((ROOT / name).read_text())]  # fmt: skip
+    found = [(name, ".", line) for name in PAGES for line in readme_commands((ROOT / name).read_text())]
     for path in sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.[ps][yh]")):
         if path.suffix == ".sh":
             head = re.match(r"(?:#.*\n)*", path.read_text())[0]
@@ -130,8 +131,40 @@ def test_command_is_understood(source, folder, command, start, copy):
 def test_commands_are_found():
     found = commands()
     assert len(found) > 100
-    for source in ("README.md", "configs/README.md", "base_model/train.sh", "cpt/compare.sh", "quickstart/seeds.py"):
+    for source in (*PAGES, "base_model/train.sh", "cpt/compare.sh", "quickstart/seeds.py"):
         assert any(file == source for file, _, _ in found), source
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_files_of_a_page_exist(page):
+    text = (ROOT / page).read_text()
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    records = [name for name in re.findall(r"`(results/[\w/.-]+)`", text)]
+    missing = [link for link in links if not ((ROOT / page).parent / link).exists()]
+    assert not missing + [name for name in records if not (ROOT / name).exists()]
+
+
+def test_find_your_way_is_true():
+    section = (ROOT / "README.md").read_text().split("## Find your way")[1].split("\n## ")[0]
+    places = re.findall(r"`(\S+\.py)`, `([\w.]+)`|`(\w+)` in `(\S+\.py)`", section)
+    assert len(places) >= 7
+    for path, name, other_name, other_path in places:
+        tree = ast.parse((ROOT / (path or other_path)).read_text())
+        for part in (name or other_name).split("."):
+            found = [node for node in tree.body if getattr(node, "name", None) == part]
+            assert found, f"{path or other_path} has no {name or other_name}"
+            tree = found[0]
+
+
+def test_every_flag_of_the_table_of_bits_exists():
+    rows = re.findall(r"^\| (`--.*?) \| (.*?) \|", (ROOT / "configs/README.md").read_text(), re.M)
+    assert len(rows) > 20
+    for flags, scripts in rows:
+        for script in re.findall(r"`([\w/]+\.py)`", scripts):
+            for path in [script] if "/" in script else [f"{folder}/{script}" for folder in EXPERIMENTS[:3]]:
+                text = subprocess.run([sys.executable, ROOT / path, "--help"], capture_output=True, text=True).stdout
+                missing = [flag for flag in re.findall(r"--\w+", flags) if f"{flag} " not in text]
+                assert not missing, (path, missing)
 
 
 # ---- really run
@@ -188,7 +221,7 @@ def test_commands_of_the_readme_run(experiment, start, copy, tiny_gpt2, squad_fi
         train_file = validation_file = str(tmp_path / "texts.jsonl")
         rows = [{"text": f"Ada has the {thing}.", "label": label} for thing in ("kite", "drum") for label in (0, 1)]
         (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in 2 * rows))
-    documented = [command for source, _, command in commands() if source == "README.md"]
+    documented = [command for source, _, command in commands() if source == f"{experiment}/README.md"]
     for prefix, flags in RUNS[experiment].items():
         command = next(command for command in documented if command.startswith(prefix))
         environment = {"TRAIN_FILE": train_file, "VALIDATION_FILE": validation_file}
