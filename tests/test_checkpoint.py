@@ -199,12 +199,8 @@ def arguments(folder, **changes):
 @pytest.mark.parametrize("folder", ["base_model", "switch_precision", "cpt", "adv_attack"])
 def test_lora_flags_unlike_the_adapters_are_refused(folder, pristine):
     with experiment(folder):
-        if folder == "adv_attack":
-            from common.loading import load_tokenizer, open_model
-            from text_classification import ModelArguments
-        else:
-            from common.loading import load_tokenizer, open_model
-            from run_qa import ModelArguments
+        from common.arguments import ModelArguments
+        from common.loading import load_tokenizer, open_model
         from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering as Model
     assert (ModelArguments().lora_r, ModelArguments().lora_alpha) == (None, None)
     tokenizer = load_tokenizer(arguments(pristine["adapters"]))
