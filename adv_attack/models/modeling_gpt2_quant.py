@@ -166,9 +166,7 @@ class QuantGPT2Mixin(PretrainedMixin):
         r, lora_alpha = 8 if r is None else r, 16 if lora_alpha is None else lora_alpha
         if self.config.lora_bank:
             raise UserError(f"the model has a LoRA bank already: {self.config.lora_bank}")
-        if bank != ["shared"] and (
-            not bank or len(set(bank)) < len(bank) or not set(bank) <= set(map(str, ALLOWED_BITS))
-        ):
+        if bank != ["shared"] and (not bank or len(set(bank)) < len(bank) or not set(bank) <= allowed):
             raise UserError(f'LoRA bank {bank}: allowed are different bit-widths (2 to 8, 16, 32) or ["shared"]')
         if r < 1 or lora_alpha <= 0:
             raise UserError(f"LoRA r = {r}, alpha = {lora_alpha}: both must be positive")
