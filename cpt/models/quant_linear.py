@@ -90,6 +90,7 @@ class QuantLinear(nn.Module):
         return (codes if codes.dtype == torch.int8 else unpack_int4(codes, self.in_features)), scale
 
     def _stored(self, w_bits):
+        """Codes and scale of one width as they are kept, see `stored_codes`. Raises UserError without them."""
         if self.weight is not None:
             state = (id(self.weight), self.weight.data_ptr(), self.weight._version)
             if state != self._quantized_from or self.can_train:
@@ -143,37 +144,39 @@ class QuantLinear(nn.Module):
     # ---- forward
 
     def _path(self, x):
-        """Name of the way to compute Q(x) Q(W)^T + b, which `forward` spells out."""
+        """How `forward` computes Q(x) Q(W)^T + b."""
         if self.w_bits in FLOAT_BITS and self.weight is not None:
             return "float"
         if self.can_train and torch.is_grad_enabled():
             return "trainable"
-        if self.execution.kind == "fake" or self.a_bits in FLOAT_BITS:
-            return "frozen"
-        if not is_supported(x.device, self.in_features, self.out_features):
-            return "frozen"
-        return "frozen on integers" if torch.is_grad_enabled() else "integer"
+        on_integers = self.execution.kind == "integer" and self.a_bits not in FLOAT_BITS
+        if on_integers and is_supported(x.device, self.in_features, self.out_features):
+            return "integer"
+        return "frozen"
 
     def forward(self, x):
-        """x: (..., in) -> (..., out)."""
+        """x: (..., in) -> (..., out).
+
+        Each path quantizes x at `a_bits`; frozen_linear and integer_linear do so themselves. The adapter is that of
+        `w_bits` (`active_adapter`) and reads x as it came.
+        """
         if self.can_train:
             self.clear_quantized()  # codes of a time when it was frozen
         shape = (*x.shape[:-1], self.out_features)
         x = x.reshape(-1, self.in_features)  # (tokens, in)
-        path, key = self._path(x), self.active_adapter
+        path, key, backward_dtype = self._path(x), self.active_adapter, self.execution.backward_dtype
         A, B = (None, None) if key is None else (self.lora_A[key].weight, self.lora_B[key].weight)
-        if path == "integer":  # adapter, K and V in the same pass
+        if path == "integer" and not torch.is_grad_enabled():  # adapter, K and V in the same pass
             lora = None if key is None else (A, B, self.scaling)
-            codes, scale = self.quantized_weight()
-            return integer_linear(x, codes, scale, self.bias, self.a_bits, lora, self.kv_bits).view(shape)
+            return integer_linear(x, *self.quantized_weight(), self.bias, self.a_bits, lora, self.kv_bits).view(shape)
         if path == "float":
             y = F.linear(fake_quantize(x, self.a_bits), self.weight, self.bias)
         elif path == "trainable":
             y = F.linear(fake_quantize(x, self.a_bits), fake_quantize(self.weight, self.w_bits), self.bias)
-        else:  # quantizes x as well
-            codes, scale = self.quantized_weight()
-            product = integer_linear if path == "frozen on integers" else None
-            y = frozen_linear(x, codes, scale, self.bias, self.a_bits, product, self.execution.backward_dtype)
+        elif path == "frozen":
+            y = frozen_linear(x, *self.quantized_weight(), self.bias, self.a_bits, None, backward_dtype)
+        else:
+            y = frozen_linear(x, *self.quantized_weight(), self.bias, self.a_bits, integer_linear, backward_dtype)
         if key is not None:  # in place: y is fresh, and nothing needs its old value for the backward pass
             y.addmm_(F.linear(x, A).to(y.dtype), B.t().to(y.dtype), alpha=self.scaling)
         return fake_quantize_kv_(y, self.kv_bits).view(shape)

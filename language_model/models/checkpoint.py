@@ -185,6 +185,7 @@ def open_checkpoint(name, hub):
 
 
 def _open_once(name, hub, compare=True):
+    """As `open_checkpoint`. compare: the checksum of the weights with that in config.json. Raises _OtherWeights."""
     path, raw, own, hub = read_config(name, hub)
     fields = config_fields(raw, own)
     weights, state = _read_weights(name, hub, raw.get(CHECKSUM) if compare else None, path, fields, own)

@@ -14,7 +14,7 @@ import os
 from transformers import GPT2ForQuestionAnswering, GPT2ForSequenceClassification, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from .bit_config import has_kv, resolve_bit_config
+from .bit_config import ALLOWED_BITS, has_kv, resolve_bit_config
 from .checkpoint import QuantGPT2Config
 from .checkpoint_rules import is_base
 from .errors import UserError
@@ -162,9 +162,8 @@ class QuantGPT2Mixin(PretrainedMixin):
         Raises:
             ValueError: adapters present already, bad widths or rank.
         """
-        bank = [str(key) for key in bank]
+        bank, allowed = [str(key) for key in bank], set(map(str, ALLOWED_BITS))
         r, lora_alpha = 8 if r is None else r, 16 if lora_alpha is None else lora_alpha
-        allowed = {str(bits) for bits in (2, 3, 4, 5, 6, 7, 8, 16, 32)}
         if self.config.lora_bank:
             raise UserError(f"the model has a LoRA bank already: {self.config.lora_bank}")
         if bank != ["shared"] and (not bank or len(set(bank)) < len(bank) or not set(bank) <= allowed):

@@ -148,6 +148,7 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """grad: dL/dy (tokens, out) -> dL/dx (tokens, in) in x's dtype, dL/db (out,) float32, where they are asked."""
         codes, scale = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
