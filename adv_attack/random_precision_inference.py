@@ -29,7 +29,7 @@ from classifier import accuracy_row
 from common.arguments import option
 from common.flags import parse_args
 from common.loading import load_tokenizer, resolve_configs
-from common.record import atomic_path, relative_path, run_record, write_json_atomic, write_text_atomic
+from common.record import atomic_path, plot_caption, relative_path, run_record, write_json_atomic, write_text_atomic
 from common.resuming import run_lock
 from common.script import plain_errors, setup_logging
 from common.statistics import markdown_table, mcnemar
@@ -272,8 +272,8 @@ def main():
     lines = report_lines(matrices, rpi, summary, args, texts)
     print("\n".join(lines), flush=True)
     write_text_atomic(os.path.join(args.output_dir, "table.md"), "\n".join(lines) + "\n")
-    model_name, first = relative_path(model_args.model_name_or_path), relative_path(args.attack_dirs[0])
-    caption = f"{model_name}, texts attacked in {first} (n = {texts})"
+    attacked = {"source": f"texts attacked in {relative_path(args.attack_dirs[0])}", "examples": texts}
+    caption = plot_caption(model_args.model_name_or_path, attacked)
     draw_matrix(matrices, rpi, os.path.join(args.output_dir, "matrix.png"), caption)
     record = run_record(
         model=relative_path(model_args.model_name_or_path),

@@ -34,12 +34,12 @@ from allocation.assignment import (
 )
 from allocation.block_reuse import ReusedForward
 from allocation.measure_set import autocast_of, load_measure_set, span_kl, span_nll
-from allocation.plots import draw_pareto, plot_caption
+from allocation.plots import draw_pareto
 from common.arguments import CheckpointArguments, option
 from common.checksums import model_checksum
 from common.flags import parse_args
 from common.loading import load_model, load_tokenizer, resolve_configs
-from common.record import relative_path, run_record, write_json_atomic, write_text_atomic
+from common.record import plot_caption, relative_path, run_record, write_json_atomic, write_text_atomic
 from common.resuming import run_lock
 from common.script import plain_errors, setup_logging
 from common.training_args import TrainingArguments
@@ -258,7 +258,7 @@ def main():
     write_text_atomic(os.path.join(folder, "table.md"), "\n".join(lines) + "\n")
     if args.pareto:
         groups = {"uniform": problem.names, "found": list(budgets), "random": sum(randoms.values(), [])}
-        caption = plot_caption(args.model_name_or_path, evaluator.sources["validation"], len(evaluator.references))
+        caption = plot_caption(args.model_name_or_path, evaluator.sources["validation"])
         draw_pareto(rows, groups, os.path.join(folder, "pareto.png"), caption)
         write_json_atomic(os.path.join(folder, "pareto.json"), {"groups": groups, "rows": rows})
     record = run_record(

@@ -25,12 +25,12 @@ from transformers import set_seed
 from allocation.block_reuse import ReusedForward, block_of
 from allocation.gradient_scores import MEASURES, SCORES, correlations, gradient_scores
 from allocation.measure_set import autocast_of, load_measure_set, span_kl, span_nll
-from allocation.plots import TYPES, draw_heat_map, plot_caption
+from allocation.plots import TYPES, draw_heat_map
 from common.arguments import CheckpointArguments, DataTrainingArguments, option
 from common.checksums import data_identity, model_checksum, tokenizer_checksum
 from common.flags import parse_args
 from common.loading import load_model, load_tokenizer, resolve_configs
-from common.record import differences, read_state, relative_path, run_record, write_state
+from common.record import differences, plot_caption, read_state, relative_path, run_record, write_state
 from common.resuming import run_lock
 from common.script import plain_errors, setup_logging
 from common.statistics import compare, markdown_table, with_interval
@@ -248,7 +248,7 @@ def main():
     }
     cost = sweep_cost(parts)
     print("\n".join(report_lines(flips, measured["reference"], ranks, cost)), flush=True)
-    caption = plot_caption(model_args.model_name_or_path, sources[model_args.measure_split], len(references))
+    caption = plot_caption(model_args.model_name_or_path, sources[model_args.measure_split])
     draw_heat_map(flips, os.path.join(folder, "sensitivity.png"), caption)
     description = {"name": name, **describe_bit_config(reference, model.layer_shapes())}
     record = run_record(

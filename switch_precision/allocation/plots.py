@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.colors import LogNorm
 
 from allocation.block_reuse import block_of
-from common.record import atomic_path, relative_path
+from common.record import atomic_path
 
 TYPES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 PANELS = (("exact_match_drop", "EM drop (points)", "{:.1f}"), ("kl", "KL (nats)", "{:.1e}"))
@@ -24,11 +24,6 @@ LABELS = {
     "random": "random, same budget",
     "hybrid": "published hybrid",
 }
-
-
-def plot_caption(model, source, questions):
-    """What a plot is of: "model, data (n = ...)". source: of a split, as load_data gives it."""
-    return f"{relative_path(model)}, {source['source']} (n = {questions})"
 
 
 def save(figure, path):
