@@ -117,7 +117,7 @@ def check_args(cyclic_args, training_args):
 
 
 def build_model(model_args, cyclic_args, training, tokenizer, to_config):
-    """(model at the highest width of what it is for, [(name, config)] to evaluate); `to_config`: bits -> short form."""
+    """(model at its highest width, [(name, config)] to evaluate); `to_config`: bits -> short form."""
     model = open_model(QuantGPT2ForQuestionAnswering, model_args, tokenizer, training)
     low, high = cyclic_args.bit_widths
     evaluated = list(dict.fromkeys(cyclic_args.eval_bit_widths or (low, high)))

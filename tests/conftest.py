@@ -165,7 +165,7 @@ def stamp_venv(folder):
 
 @pytest.fixture
 def hold():
-    """hold(folder): another process has the folder as its output folder until the test ends; returns its id."""
+    """hold(folder): another process has the folder as its output folder until the test ends."""
     code = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); "
     code += "print(flush=True); input()"
     holders = []
@@ -175,7 +175,6 @@ def hold():
         command = [sys.executable, "-c", code, str(folder / ".lock")]
         holders.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         holders[-1].stdout.readline()
-        return holders[-1].pid
 
     yield start
     for holder in holders:

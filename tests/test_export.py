@@ -197,6 +197,13 @@ def test_script_writes_a_folder_that_opens_and_a_record(checkpoint, script, caps
     assert not [path for path in out.iterdir() if path.name.startswith(".saving")]
 
 
+def test_folder_of_another_run_is_refused_and_left_alone(checkpoint, script, hold, tmp_path):
+    hold(tmp_path / "out")
+    with pytest.raises(ValueError, match="another run .* is writing to it"):
+        script("--model_name_or_path", checkpoint, "--output_dir", tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == [".lock"]
+
+
 def test_script_measures_the_answers_that_change(checkpoint, script, capsys, squad_files, tmp_path):
     script("--model_name_or_path", checkpoint, "--output_dir", tmp_path / "plain")
     assert "not measured" in capsys.readouterr().out

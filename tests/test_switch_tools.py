@@ -675,6 +675,15 @@ def swept(bank, squad_files, tmp_path_factory):
     return str(folder / "sensitivity.json")
 
 
+@pytest.mark.parametrize("module", [run_qa_eval, sensitivity, search])
+def test_a_folder_of_another_run_is_refused_and_left_alone(module, run, swept, hold, tmp_path):
+    flags = {run_qa_eval: (), sensitivity: SWEEP, search: ("--sensitivity_file", swept, "--average_bits", "6")}
+    hold(tmp_path / "out")
+    with pytest.raises(ValueError, match="another run .* is writing to it"):
+        run(module, *flags[module])
+    assert os.listdir(tmp_path / "out") == [".lock"]
+
+
 def test_search_writes_and_evaluates_an_assignment_within_the_budget(run, swept, bank, count, tmp_path):
     flags = ("--sensitivity_file", swept, "--bit_widths", "8", "4", "--average_bits", "6.4", "--num_random", "3",
              "--pareto", "--pareto_points", "4", "--output", str(tmp_path / "a.json"))  # fmt: skip
