@@ -375,7 +375,7 @@ def test_wilson_interval_and_mcnemar_by_hand():
     row = classifier.accuracy_row([True] * 3 + [False] * 97)
     centre, half = (3 + 1.96**2 / 2) / (100 + 1.96**2), 1.96 / (100 + 1.96**2) * (3 * 0.97 + 1.96**2 / 4) ** 0.5
     assert row["interval"] == pytest.approx([100 * (centre - half), 100 * (centre + half)], abs=0.01)
-    assert attack_setup.mcnemar([1, 1, 1, 1, 0], [0, 0, 0, 1, 0]) == pytest.approx(2 / 2**3)
+    assert rpi.mcnemar([1, 1, 1, 1, 0], [0, 0, 0, 1, 0]) == pytest.approx(2 / 2**3)
 
 
 def test_edit_distance():

@@ -818,7 +818,12 @@ PUBLISHED = """--model_name_or_path /path/to/model --dataset_name squad --do_tra
 
 def parse(argv, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run_qa.py", *argv])
-    groups = (run_qa.ModelArguments, run_qa.DataTrainingArguments, run_qa.CyclicArguments, run_qa.TrainingArguments)
+    groups = (
+        run_qa.arguments.ModelArguments,
+        run_qa.DataTrainingArguments,
+        run_qa.CyclicArguments,
+        run_qa.TrainingArguments,
+    )
     return run_qa.parse_args(*groups)
 
 
@@ -853,6 +858,6 @@ def test_scripts_run_from_anywhere_and_pass_flags_on(script, stub, tmp_path, mon
 
 def test_every_flag_has_a_help_text():
     texts = {field.name: field.metadata.get("help") for field in dataclasses.fields(run_qa.CyclicArguments)}
-    texts |= {field.name: field.metadata.get("help") for field in dataclasses.fields(run_qa.ModelArguments)}
+    texts |= {field.name: field.metadata.get("help") for field in dataclasses.fields(run_qa.arguments.ModelArguments)}
     assert all(texts.values())
     assert "float, off" in texts["gradient_bits"]
