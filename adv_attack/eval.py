@@ -21,6 +21,7 @@ from common.arguments import option
 from common.flags import parse_args
 from common.loading import load_tokenizer, resolve_configs
 from common.record import relative_path, run_record, write_json_atomic, write_text_atomic
+from common.resuming import run_lock
 from common.script import plain_errors, setup_logging
 from common.statistics import markdown_table
 from models.errors import UserError
@@ -101,6 +102,7 @@ def main():
     reference_name, reference = load_reference(model_args, model)
     attacks = load_attacks(args.attack_dirs, model, tokenizer, args.best_of)
     samples = args.best_of or min(attack["settings"]["gumbel_samples"] for attack in attacks.values())
+    _lock = run_lock(args.output_dir)
     rows, cache = [], {}
     for name, attack in attacks.items():
         settings = attack["settings"]
@@ -111,7 +113,6 @@ def main():
         rows += evaluate_attack(name, attack, configs, model, reference, tokenizer, samples, cache)
     lines = table_lines(rows, samples, relative_path(reference_name))
     print("\n".join(lines), flush=True)
-    os.makedirs(args.output_dir, exist_ok=True)
     write_text_atomic(os.path.join(args.output_dir, "table.md"), "\n".join(lines) + "\n")
     record = run_record(
         model=relative_path(model_args.model_name_or_path),

@@ -13,6 +13,7 @@ Writes table.md, matrix.png and record.json.
 
 import dataclasses
 import os
+import textwrap
 import time
 import types
 
@@ -28,7 +29,8 @@ from classifier import accuracy_row
 from common.arguments import option
 from common.flags import parse_args
 from common.loading import load_tokenizer, resolve_configs
-from common.record import atomic_path, relative_path, run_record, write_json_atomic, write_text_atomic
+from common.record import atomic_path, plot_caption, relative_path, run_record, write_json_atomic, write_text_atomic
+from common.resuming import run_lock
 from common.script import plain_errors, setup_logging
 from common.statistics import markdown_table, mcnemar
 from models.bitsandbytes_ptq import LABELS, METHODS, quantize_with_bitsandbytes
@@ -164,25 +166,29 @@ def transfer_matrix(columns, kind):
     }
 
 
-def draw_matrix(matrices, rpi, path):
-    """Heat maps, single sample and best of N, with random precision inference as the last column."""
-    figure, panels = plt.subplots(1, len(matrices), figsize=(7.5 * len(matrices), 4.6), layout="constrained")
-    for axes, (title, matrix) in zip(panels, matrices.items(), strict=True):
-        means = {row: rpi[row]["mean" if title.startswith("single") else "best_of_n_mean"] for row in matrix}
-        values = np.array(
-            [[*(one["accuracy"] for one in cells.values()), means[row]] for row, cells in matrix.items()]
-        )
-        names = [*next(iter(matrix.values())), "RPI (mean)"]
+def draw_matrix(matrices, rpi, path, caption):
+    """Heat maps, single sample and best of N, with random precision inference as the last column.
+
+    Args: matrices: {title: of `transfer_matrix`}, single sample first; rpi: {row: of `random_precision`}; caption: the
+        title of all.
+    """
+    columns, rows = [*next(iter(next(iter(matrices.values())).values())), "RPI (mean)"], list(rpi)
+    size = (2.2 + 0.95 * len(columns) * len(matrices), 1.7 + 0.36 * len(rows))
+    figure, panels = plt.subplots(1, len(matrices), figsize=size, layout="constrained", sharey=True)
+    for axes, (title, matrix), key in zip(panels, matrices.items(), ("mean", "best_of_n_mean"), strict=True):
+        values = np.array([[*(one["accuracy"] for one in matrix[row].values()), rpi[row][key]] for row in rows])
         image = axes.imshow(values, cmap="viridis", vmin=0, vmax=100, aspect="auto")
-        axes.set_xticks(range(len(names)), [name.replace(" (", "\n(") for name in names], rotation=30, ha="right")
-        axes.set_yticks(range(len(matrix)), list(matrix))
+        names = [textwrap.fill(name.removesuffix(" (weight-only)"), 14) for name in columns]
+        axes.set_xticks(range(len(columns)), names, fontsize=8)
         axes.set_xlabel("inference precision")
-        axes.set_ylabel("attack")
-        axes.set_title(title)
+        axes.set_title(title, fontsize=10)
         for (row, column), value in np.ndenumerate(values):
             colour = "white" if value < 60 else "black"
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
-    figure.colorbar(image, ax=panels, label="accuracy (%)")
+    panels[0].set_yticks(range(len(rows)), rows, fontsize=8)
+    panels[0].set_ylabel("attack")
+    figure.colorbar(image, ax=panels, label="accuracy (%)", pad=0.01)
+    figure.suptitle(caption, fontsize=10)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
     plt.close(figure)
@@ -242,6 +248,7 @@ def main():
     attacks = load_attacks(args.attack_dirs, model, tokenizer, args.best_of)
     for name, attack in attacks.items():
         check_bits(name, attack, configs)
+    _lock = run_lock(args.output_dir)
     samples = args.best_of or min(attack["settings"]["gumbel_samples"] for attack in attacks.values())
     columns = measure(model_args, tokenizer, model, attacks, configs, args, samples)
     matrices = {
@@ -264,9 +271,10 @@ def main():
     texts = len(next(iter(attacks.values()))["texts"])
     lines = report_lines(matrices, rpi, summary, args, texts)
     print("\n".join(lines), flush=True)
-    os.makedirs(args.output_dir, exist_ok=True)
     write_text_atomic(os.path.join(args.output_dir, "table.md"), "\n".join(lines) + "\n")
-    draw_matrix(matrices, rpi, os.path.join(args.output_dir, "matrix.png"))
+    attacked = {"source": f"texts attacked in {relative_path(args.attack_dirs[0])}", "examples": texts}
+    caption = plot_caption(model_args.model_name_or_path, attacked)
+    draw_matrix(matrices, rpi, os.path.join(args.output_dir, "matrix.png"), caption)
     record = run_record(
         model=relative_path(model_args.model_name_or_path),
         bit_config={"precision_set": list(members), "inference": list(configs), "bitsandbytes": args.bitsandbytes},

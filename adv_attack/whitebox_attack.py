@@ -32,6 +32,7 @@ from common.checksums import json_checksum, model_checksum, tokenizer_checksum
 from common.flags import parse_args
 from common.loading import load_tokenizer, resolve_configs
 from common.record import differences, read_state, relative_path, run_record, write_state
+from common.resuming import run_lock
 from common.script import plain_errors, setup_logging
 from gbda_attack import Attack, candidate_tokens
 from models.errors import UserError
@@ -197,6 +198,7 @@ def main():
     }
     del settings["output_dir"], settings["overwrite_output_dir"]
     settings = json.loads(json.dumps(settings))
+    _lock = run_lock(args.output_dir)
     start_output_dir(args, settings)
     result_path = os.path.join(args.output_dir, RESULT_FILE)
     record_path = data_args.record_file or os.path.join(args.output_dir, "record.json")

@@ -215,7 +215,6 @@ def main():
     setup_logging(training_args)
     if training_args.do_train or training_args.do_predict:
         raise UserError("--do_train, --do_predict: this script only evaluates; run_qa.py trains and predicts")
-    _lock = run_lock(training_args.output_dir)
     set_seed(training_args.seed)
     tokenizer = load_tokenizer(model_args)
     model = load_model(QuantGPT2ForQuestionAnswering, model_args, tokenizer)
@@ -223,6 +222,7 @@ def main():
     first = model_args.reference_config or asked[0]
     configs = resolve_configs(model, [first, *asked])
     reference = next(iter(configs))
+    _lock = run_lock(training_args.output_dir)
     evaluator = Evaluator(model, tokenizer, model_args, data_args, training_args, data_args.overwrite_output_dir)
     model.keep_only_codes(configs.values())  # once the identity of the records has the checksum of the weights
     rows = evaluator.table(evaluator.evaluate_all(configs), reference, model_args.num_bootstrap)

@@ -66,14 +66,18 @@ def short_config(bits, cycle=TENSORS, fixed_bits=8):
     return "".join(f"{tensor.upper()}{bits if tensor in cycle else fixed_bits}" for tensor in TENSORS)
 
 
-def write_schedule(bits, folder, **settings):
-    """bits of every step -> schedule.json (with the settings) and schedule.png in `folder`."""
+def write_schedule(bits, folder, caption, **settings):
+    """bits of every step -> schedule.json (with the settings) and schedule.png in `folder`.
+
+    caption: what the plot is of.
+    """
     counts = {str(width): bits.count(width) for width in sorted(set(bits))}
     write_json_atomic(os.path.join(folder, "schedule.json"), {**settings, "steps_per_width": counts, "bits": bits})
     mean = sum(bits) / len(bits)
     figure, axes = plt.subplots(figsize=(9, 2.6), layout="constrained")
     axes.step(range(len(bits)), bits, where="post", linewidth=1)
-    axes.set(xlabel="optimizer step", ylabel="bits", title=f"mean {mean:.2f} bits")
+    axes.set(xlabel="optimizer step", ylabel="bits", title=f"{caption}: mean {mean:.2f} bits")
+    axes.title.set_fontsize(10)
     axes.yaxis.get_major_locator().set_params(integer=True)
     with atomic_path(os.path.join(folder, "schedule.png")) as temporary:
         figure.savefig(temporary, format="png", dpi=150)

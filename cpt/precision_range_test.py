@@ -154,7 +154,7 @@ def count_right(inputs, outputs):
     return torch.stack([(right & answered).sum(), answered.sum()])
 
 
-def report(starts, accuracies, window, threshold, share, folder, write):
+def report(starts, accuracies, window, threshold, share, folder, caption, write):
     """(min_bits or None, lines to print); with `write`, also range_test.json and range_test.png in `folder`."""
     rows = improvements(starts, accuracies, window)
     min_bits, clear = find_min_bits(rows, threshold, share)
@@ -184,11 +184,11 @@ def report(starts, accuracies, window, threshold, share, folder, write):
         content = {"min_bits": min_bits, "clear": clear, "window": window, "threshold": threshold, "share": share}
         content |= {"rows": rows, "start_accuracies": starts, "accuracies": accuracies}
         write_json_atomic(os.path.join(folder, "range_test.json"), content)
-        plot(rows, accuracies, window, min_bits, os.path.join(folder, "range_test.png"))
+        plot(rows, accuracies, window, min_bits, os.path.join(folder, "range_test.png"), caption)
     return min_bits, [*lines, "", verdict]
 
 
-def plot(rows, accuracies, window, min_bits, path):
+def plot(rows, accuracies, window, min_bits, path, caption):
     """Accuracy of every width over its steps, averaged over `window` steps; the width that was found is drawn bold."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for number, (row, values) in enumerate(zip(rows, accuracies, strict=True)):
@@ -199,6 +199,7 @@ def plot(rows, accuracies, window, min_bits, path):
         found = row["bits"] == min_bits
         axes.plot(ends, means, color=colour, linewidth=3 if found else 1, label=label)
     axes.set(xlabel=f"optimizer step from the same start (mean of {window})", ylabel="start and end right")
+    axes.set_title(caption, fontsize=10)
     axes.legend(loc="upper left", fontsize=8, frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)

@@ -24,7 +24,7 @@ from common.arguments import DataTrainingArguments, option
 from common.data import load_features, trainer_arguments
 from common.flags import parse_args
 from common.loading import describe_model, load_tokenizer, open_model
-from common.record import write_run_record
+from common.record import plot_caption, write_run_record
 from common.resuming import OutputFolder, input_checksums, run_settings
 from common.script import plain_errors, setup_logging
 from common.training_args import TrainingArguments
@@ -117,15 +117,16 @@ def check_args(cyclic_args, training_args):
 
 
 def build_model(model_args, cyclic_args, training, tokenizer, to_config):
-    """(model at the highest width, [(name, config)] to evaluate); `to_config`: bits -> short form."""
+    """(model at its highest width, [(name, config)] to evaluate); `to_config`: bits -> short form."""
     model = open_model(QuantGPT2ForQuestionAnswering, model_args, tokenizer, training)
     low, high = cyclic_args.bit_widths
     evaluated = list(dict.fromkeys(cyclic_args.eval_bit_widths or (low, high)))
     if training and not model.config.lora_bank:
         model.add_lora(["shared"], model_args.lora_r, model_args.lora_alpha)
     trained = range(low, high + 1) if training else ()
-    for bits in [*evaluated, max(evaluated), *trained]:
+    for bits in [*evaluated, *trained]:
         model.set_bit_config(to_config(bits))  # refuses what the bank of a checkpoint has no adapter for
+    model.set_bit_config(to_config(high if training else max(evaluated)))  # as it is described and saved
     if training:  # what run_qa_eval.py evaluates when it is not told
         model.config.trained_bit_configs = [to_config(bits) for bits in reversed(trained)]
     if model.config.lora_bank and not model.config.base_model_name_or_path:
@@ -161,7 +162,7 @@ def describe_training(schedule, cyclic_args, training_args):
     }
 
 
-def run_range_test(trainer, cyclic_args, training_args):
+def run_range_test(trainer, cyclic_args, training_args, caption):
     """Train the widths and report; returns the metrics of the record."""
     starts, accuracies, seconds = trainer.train_widths(cyclic_args.range_test_window)
     min_bits, lines = precision_range_test.report(
@@ -171,6 +172,7 @@ def run_range_test(trainer, cyclic_args, training_args):
         cyclic_args.range_test_threshold,
         cyclic_args.range_test_share,
         training_args.output_dir,
+        caption,
         write=trainer.is_world_process_zero(),
     )
     if trainer.is_world_process_zero():
@@ -211,10 +213,11 @@ def main():
         to_config=to_config,
     )
     training = describe_training(schedule, cyclic_args, training_args) if schedule else {}
+    caption = plot_caption(model_args.model_name_or_path, sources["train"]) if schedule else ""
     if schedule and trainer.is_world_process_zero():
-        write_schedule(schedule, training_args.output_dir, **training["cyclic"])
+        write_schedule(schedule, training_args.output_dir, caption, **training["cyclic"])
     if range_test:
-        metrics = run_range_test(trainer, cyclic_args, training_args)
+        metrics = run_range_test(trainer, cyclic_args, training_args, caption)
     else:
         metrics = trainer.run(folder, examples, features)
     details = {"bit_config": bits, "metrics": metrics, "data": sources, **training}

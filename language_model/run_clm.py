@@ -124,14 +124,57 @@ def build_model(model_args, text_args, training_args, tokenizer):
     return model, targets
 
 
+def load_texts(text_args, training_args, tokenizer, block_size):
+    """({split: tokens}, {split: source, tokens and checksum}) of the splits that the run reads."""
+    files = {"train": text_args.train_file} if training_args.do_train else {}
+    files |= {"validation": text_args.validation_file} if training_args.do_eval else {}
+    texts, sources = {}, {}
+    for split, file in files.items():
+        texts[split] = read_tokens(file, tokenizer, block_size if split == "train" else 2)
+        checksum = file_checksum(file)
+        sources[split] = {"source": relative_path(file), "examples": len(texts[split]), "sha256": checksum}
+    return texts, sources
+
+
+def make_trainer(model, tokenizer, targets, train_blocks, model_args, text_args, training_args):
+    sampler = functools.partial(
+        bit_configs_for_step,
+        seed=training_args.seed,
+        layers=model.layer_shapes(),
+        bit_widths=model_args.bit_widths,
+        num_mixed_configs=text_args.num_mixed_configs,
+        sample_widths=max(len(targets) - 2, 0),
+        explicit=targets if model_args.bit_configs else None,
+    )
+    return JointLMTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=[{"input_ids": block, "labels": block} for block in train_blocks],
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+        sampler=sampler,
+        resting=model.config.bit_config,
+    )
+
+
+def evaluate(model, configs, tokens, block_size, stride, training_args):
+    """Rows of the table of perplexities, which is printed and written to table.md."""
+    half = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
+    batch_size = training_args.per_device_eval_batch_size
+    rows = perplexity_of_configs(model, configs, tokens, block_size, stride, batch_size, half)
+    lines = table_lines(rows)
+    print(*lines, sep="\n", flush=True)
+    write_text_atomic(os.path.join(training_args.output_dir, "table.md"), "\n".join(lines) + "\n")
+    return rows
+
+
 def main():
     start = time.time()
     model_args, text_args, training_args = parse_args(BankArguments, TextArguments, TrainingArguments)
     setup_logging(training_args)
     check_args(model_args, text_args, training_args)
-    folder = OutputFolder(
-        training_args, text_args.overwrite_output_dir, run_settings(model_args, text_args, training_args)
-    )
+    settings = run_settings(model_args, text_args, training_args)
+    folder = OutputFolder(training_args, text_args.overwrite_output_dir, settings)
     set_seed(training_args.seed)
 
     tokenizer = load_tokenizer(model_args)
@@ -142,49 +185,19 @@ def main():
         configs = resolve_configs(model, text_args.eval_bit_configs or trained_configs(model))
     block_size = min(text_args.block_size, model.config.n_positions)
     stride = min(text_args.stride or block_size // 2, block_size)
-    files = {"train": text_args.train_file} if training_args.do_train else {}
-    files |= {"validation": text_args.validation_file} if training_args.do_eval else {}
-    texts = {
-        split: read_tokens(file, tokenizer, block_size if split == "train" else 2) for split, file in files.items()
-    }
-
-    sources = {
-        split: {"source": relative_path(file), "examples": len(texts[split]), "sha256": file_checksum(file)}
-        for split, file in files.items()
-    }
+    texts, sources = load_texts(text_args, training_args, tokenizer, block_size)
     if training_args.do_train:
         folder.start(**input_checksums(model, tokenizer, sources))
-    trainer = JointLMTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=[{"input_ids": block, "labels": block} for block in blocks(texts.get("train"), block_size)],
-        data_collator=default_data_collator,
-        processing_class=tokenizer,
-        sampler=functools.partial(
-            bit_configs_for_step,
-            seed=training_args.seed,
-            layers=model.layer_shapes(),
-            bit_widths=model_args.bit_widths,
-            num_mixed_configs=text_args.num_mixed_configs,
-            sample_widths=max(len(targets) - 2, 0),
-            explicit=targets if model_args.bit_configs else None,
-        ),
-        resting=model.config.bit_config,
-    )
-    metrics, rows = {}, []
-    if training_args.do_train:
-        metrics |= trainer.train_or_load(folder)
+
+    train_blocks = blocks(texts.get("train"), block_size)
+    trainer = make_trainer(model, tokenizer, targets, train_blocks, model_args, text_args, training_args)
+    metrics, rows = trainer.train_or_load(folder) if training_args.do_train else {}, []
     if not trainer.is_world_process_zero():
         return
     if training_args.do_eval:
-        batch_size, net = training_args.per_device_eval_batch_size, trainer.accelerator.unwrap_model(trainer.model)
-        text = texts["validation"]
-        half = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
-        rows = perplexity_of_configs(net, configs, text, block_size, stride, batch_size, half)
-        metrics |= {f"eval_perplexity_{row['config']}": row["perplexity"] for row in rows}
-        lines = table_lines(rows)
-        print(*lines, sep="\n", flush=True)
-        write_text_atomic(os.path.join(training_args.output_dir, "table.md"), "\n".join(lines) + "\n")
+        net = trainer.accelerator.unwrap_model(trainer.model)
+        rows = evaluate(net, configs, texts["validation"], block_size, stride, training_args)
+        metrics = metrics | {f"eval_perplexity_{row['config']}": row["perplexity"] for row in rows}
     details = {"bit_config": bits, "metrics": metrics, "data": sources, "rows": rows}
     details |= {"bit_configs": {"trained": dict(targets), "evaluated": configs if rows else {}}}
     details |= {"text": {"unit": "tokens", "block_size": block_size, "stride": stride}}

@@ -22,6 +22,7 @@ from common.arguments import CheckpointArguments, option
 from common.flags import parse_args
 from common.loading import load_model, load_tokenizer, resolve_configs, trained_configs
 from common.record import relative_path, run_record, write_json_atomic
+from common.resuming import LOCK_FILE, run_lock
 from common.script import plain_errors, setup_logging
 from common.training_args import TrainingArguments
 from models.errors import UserError
@@ -129,6 +130,7 @@ def main():
         raise UserError(f"{args.model_name_or_path} is exported already: export from the checkpoint of the training")
     texts = args.bit_configs or trained_configs(model)
     configs = resolve_configs(model, texts)
+    _lock = run_lock(args.output_dir)
     widths = served_widths(list(configs.values()))
     # Where it is evaluated without --bit_configs: all that it serves, by name or as it was saved.
     model.config.trained_bit_configs = [text for text in texts if not os.path.isfile(text)] or ["checkpoint"]
@@ -136,7 +138,8 @@ def main():
     before = answers(model, tokenizer, args, data_args, configs) if measures(data_args) else None
     parts = save_exported(model.cpu(), args.output_dir, widths, first, dtype)
     tokenizer.save_pretrained(args.output_dir)
-    files = {entry.name: entry.stat().st_size for entry in sorted(os.scandir(args.output_dir), key=lambda e: e.name)}
+    names = sorted(name for name in os.listdir(args.output_dir) if name != LOCK_FILE)
+    files = {name: os.path.getsize(os.path.join(args.output_dir, name)) for name in names}
     total = sum(size for name, size in files.items() if name != "export.json")
     for part in PARTS:
         print(f"{part:12s} {parts[part] / 1e6:10.3f} MB")

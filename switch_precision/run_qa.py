@@ -82,7 +82,7 @@ def main():
     else:
         model.keep_only_codes(config for _, config in targets)
 
-    shapes, bit_widths = model.layer_shapes(), None if model_args.bit_configs else model_args.bit_widths
+    bit_widths = None if model_args.bit_configs else model_args.bit_widths
     trainer = AdaptiveLoRATrainer(
         **trainer_arguments(model, tokenizer, data_args, training_args, examples, features),
         configs=targets,
@@ -100,7 +100,9 @@ def main():
         metrics=metrics,
         data=sources,
         bit_widths=bit_widths,
-        bit_configs={name: {**describe_bit_config(config, shapes), "layers": config} for name, config in targets},
+        bit_configs={
+            name: {**describe_bit_config(config, trainer.layers), "layers": config} for name, config in targets
+        },
         objective=dataclasses.asdict(objective_args) if training_args.do_train else None,
         passes=trainer.forward_passes() if training_args.do_train else 0,
     )

@@ -21,7 +21,17 @@ import time
 import numpy as np
 from transformers import set_seed
 
-from allocation.assignment import BUDGETS, Problem, random_choice, read_sensitivity, refine, resources, solve, total
+from allocation.assignment import (
+    BUDGETS,
+    Problem,
+    random_choice,
+    read_sensitivity,
+    refine,
+    refuse_other_checkpoint,
+    resources,
+    solve,
+    total,
+)
 from allocation.block_reuse import ReusedForward
 from allocation.measure_set import autocast_of, load_measure_set, span_kl, span_nll
 from allocation.plots import draw_pareto
@@ -29,7 +39,8 @@ from common.arguments import CheckpointArguments, option
 from common.checksums import model_checksum
 from common.flags import parse_args
 from common.loading import load_model, load_tokenizer, resolve_configs
-from common.record import relative_path, run_record, write_json_atomic, write_text_atomic
+from common.record import plot_caption, relative_path, run_record, write_json_atomic, write_text_atomic
+from common.resuming import run_lock
 from common.script import plain_errors, setup_logging
 from common.training_args import TrainingArguments
 from models.bit_config import describe_bit_config
@@ -142,22 +153,11 @@ def contrast(rows, found, randoms):
     }
 
 
-def main():
-    start = time.time()
-    args, data_args, training_args = parse_args(SearchArguments, EvalDataArguments, TrainingArguments)
-    setup_logging(training_args)
-    main_budget = check_args(args)
-    if training_args.world_size > 1:
-        raise UserError(f"the search is one process, not {training_args.world_size}: --nproc_per_node=1")
-    training_args.refuse_full_eval()
-    set_seed(training_args.seed)
-    if not os.path.isfile(args.sensitivity_file):
-        read_sensitivity(args.sensitivity_file, "")
-    tokenizer = load_tokenizer(args)
-    model = load_model(QuantGPT2ForQuestionAnswering, args, tokenizer).to(training_args.device)
-    problem = Problem(
-        read_sensitivity(args.sensitivity_file, model_checksum(model)), model, args.bit_widths, args.score
-    )
+def budgets_of(args, main_budget, problem):
+    """{name of what is found: (kind, value)}: the budget asked for, and with --pareto a grid of average bits.
+
+    Raises: UserError for a budget that no assignment meets, and for a sweep that uses the names given here.
+    """
     budgets = {"found": main_budget} if main_budget else {}
     if args.pareto:
         table, unit = resources("average_bits", problem.options, problem.shapes)
@@ -171,59 +171,99 @@ def main():
             f"--sensitivity_file {args.sensitivity_file}: {', '.join(taken)} is what the search calls its own; sweep "
             "files of other names"
         )
+    return budgets
 
-    measure = None
-    if args.refine_rounds:
-        rng = np.random.default_rng(training_args.seed)
-        measure_set, _ = load_measure_set(
-            model,
-            tokenizer,
-            args,
-            data_args,
-            training_args,
-            1,
-            lambda ids: rng.permutation(ids)[: args.max_refine_samples].tolist(),
-        )
-        measure = SubsetMeasure(problem, ReusedForward(model, autocast_of(training_args)), measure_set, args.refine_by)
+
+def make_measure(problem, model, tokenizer, args, data_args, training_args):
+    """The SubsetMeasure of --max_refine_samples questions; None without --refine_rounds."""
+    if not args.refine_rounds:
+        return None
+    rng = np.random.default_rng(training_args.seed)
+    measure_set, _ = load_measure_set(
+        model,
+        tokenizer,
+        args,
+        data_args,
+        training_args,
+        1,
+        lambda ids: rng.permutation(ids)[: args.max_refine_samples].tolist(),
+    )
+    return SubsetMeasure(problem, ReusedForward(model, autocast_of(training_args)), measure_set, args.refine_by)
+
+
+def draw_random(problem, name, number, kind, value, seed):
+    """{name: resolved config} of random assignments of a budget. seed: a list of ints."""
+    rng, (table, budget) = np.random.default_rng(seed), problem.budget(kind, value)
+    return {
+        f"{name.replace('found', 'random')}_{index}": problem.resolved(random_choice(table, budget, rng))
+        for index in range(number)
+    }
+
+
+def published_hybrid(model):
+    """{name: resolved config} of the published hybrid; none for a model that has not its layers."""
+    try:
+        return resolve_configs(model, [HYBRID])
+    except (UserError, OSError):
+        logger.info("%s is left out: the model does not have its layers", os.path.basename(HYBRID))
+        return {}
+
+
+def write_assignment(name, resolved, kind, value, shapes, args, folder):
+    """The JSON config of what was found under a budget; --output names that of the budget asked for."""
+    average = describe_bit_config(resolved, shapes)["average_w_bits"]
+    words = f"{average:.3f} average weight bits, least {args.score} under {kind} <= {value:g} (search.py)"
+    path = os.path.join(folder, f"{name}.json")
+    if name == "found":
+        path = args.output or os.path.join(folder, "assignment.json")
+    write_json_atomic(path, as_config(resolved, words))
+
+
+def main():
+    start = time.time()
+    args, data_args, training_args = parse_args(SearchArguments, EvalDataArguments, TrainingArguments)
+    setup_logging(training_args)
+    main_budget, folder = check_args(args), training_args.output_dir
+    if training_args.world_size > 1:
+        raise UserError(f"the search is one process, not {training_args.world_size}: --nproc_per_node=1")
+    training_args.refuse_full_eval()
+    set_seed(training_args.seed)
+    sensitivity = read_sensitivity(args.sensitivity_file)
+    tokenizer = load_tokenizer(args)
+    model = load_model(QuantGPT2ForQuestionAnswering, args, tokenizer).to(training_args.device)
+    refuse_other_checkpoint(args.sensitivity_file, sensitivity, model_checksum(model))
+    problem = Problem(sensitivity, model, args.bit_widths, args.score)
+    budgets = budgets_of(args, main_budget, problem)
+    _lock = run_lock(folder)
+    measure = make_measure(problem, model, tokenizer, args, data_args, training_args)
+
     configs, reports, randoms = dict(zip(problem.names, problem.configs, strict=True)), {}, {}
-    for name, (kind, value) in budgets.items():
+    for number, (name, (kind, value)) in enumerate(budgets.items(), 1):
         choice, reports[name] = search(problem, kind, value, measure, args)
         configs[name] = problem.resolved(choice)
-        rng = np.random.default_rng([training_args.seed, len(reports)])
-        table, budget = problem.budget(kind, value)
-        randoms[name] = [f"{name.replace('found', 'random')}_{index}" for index in range(args.num_random)]
-        configs |= {other: problem.resolved(random_choice(table, budget, rng)) for other in randoms[name]}
-    if len({layer.split(".h.")[1].split(".")[0] for layer in problem.shapes}) == 12 and os.path.isfile(HYBRID):
-        try:
-            configs |= resolve_configs(model, [HYBRID])
-        except ValueError as error:
-            logger.warning("the published hybrid is left out: %s", error)
-    for name in budgets:
-        average = describe_bit_config(configs[name], problem.shapes)["average_w_bits"]
-        kind, value = budgets[name]
-        words = f"{average:.3f} average weight bits, least {args.score} under {kind} <= {value:g} (search.py)"
-        path = os.path.join(training_args.output_dir, f"{name}.json")
-        if name == "found":
-            path = args.output or os.path.join(training_args.output_dir, "assignment.json")
-        write_json_atomic(path, as_config(configs[name], words))
+        write_assignment(name, configs[name], kind, value, problem.shapes, args, folder)
+        drawn = draw_random(problem, name, args.num_random, kind, value, [training_args.seed, number])
+        configs, randoms[name] = configs | drawn, list(drawn)
+    configs |= published_hybrid(model)
 
     evaluator = Evaluator(model, tokenizer, args, data_args, training_args, data_args.overwrite_output_dir)
     model.keep_only_codes(configs.values())
-    rows = evaluator.table(evaluator.evaluate_all(configs), problem.names[0], args.num_bootstrap)
-    lines = table_lines(rows, problem.names[0])
+    reference = problem.names[0]
+    rows = evaluator.table(evaluator.evaluate_all(configs), reference, args.num_bootstrap)
+    lines = table_lines(rows, reference)
     for name in budgets if args.num_random else ():
         reports[name]["random"] = contrast(rows, name, randoms[name])
         lines.append(f"{name} against random assignments of its budget: {json.dumps(reports[name]['random'])}")
     print("\n".join(lines), flush=True)
-    folder = training_args.output_dir
     write_text_atomic(os.path.join(folder, "table.md"), "\n".join(lines) + "\n")
     if args.pareto:
         groups = {"uniform": problem.names, "found": list(budgets), "random": sum(randoms.values(), [])}
-        draw_pareto(rows, groups, os.path.join(folder, "pareto.png"))
+        caption = plot_caption(args.model_name_or_path, evaluator.sources["validation"])
+        draw_pareto(rows, groups, os.path.join(folder, "pareto.png"), caption)
         write_json_atomic(os.path.join(folder, "pareto.json"), {"groups": groups, "rows": rows})
     record = run_record(
         model=relative_path(args.model_name_or_path),
-        bit_config={"reference": problem.names[0], "layers": configs},
+        bit_config={"reference": reference, "layers": configs},
         metrics={f"{row['config']}_{key}": row[key] for row in rows for key in ("exact_match", "f1")},
         data=evaluator.sources,
         seed=training_args.seed,

@@ -30,7 +30,8 @@ from common.arguments import CheckpointArguments, DataTrainingArguments, option
 from common.checksums import data_identity, model_checksum, tokenizer_checksum
 from common.flags import parse_args
 from common.loading import load_model, load_tokenizer, resolve_configs
-from common.record import differences, read_state, relative_path, run_record, write_state
+from common.record import differences, plot_caption, read_state, relative_path, run_record, write_state
+from common.resuming import run_lock
 from common.script import plain_errors, setup_logging
 from common.statistics import compare, markdown_table, with_interval
 from common.training_args import TrainingArguments
@@ -169,26 +170,9 @@ def table_lines(flips, reference):
     return markdown_table(header, rows)
 
 
-def main():
-    start = time.time()
-    model_args, data_args, training_args = parse_args(SweepArguments, DataTrainingArguments, TrainingArguments)
-    setup_logging(training_args)
-    if training_args.world_size > 1:
-        raise UserError(f"the sweep is one process, not {training_args.world_size}: --nproc_per_node=1")
-    training_args.refuse_full_eval()
-    set_seed(training_args.seed)
-    tokenizer = load_tokenizer(model_args)
-    model = load_model(QuantGPT2ForQuestionAnswering, model_args, tokenizer).to(training_args.device)
-    (name, reference), *others = resolve_configs(model, [model_args.reference_config, *model_args.low_bits]).items()
-    lows = dict(others)
-    flips = make_flips(reference, lows)
-    if not lows or reference in lows.values():
-        shown = " ".join(model_args.low_bits)
-        raise UserError(f"--low_bits {shown}: allowed are configs other than --reference_config {name}")
-    measure_set, sources = load_measure_set(
-        model, tokenizer, model_args, data_args, training_args, model_args.chunk_batches
-    )
-    identity = {
+def sweep_identity(model, tokenizer, measure_set, reference, lows, model_args, data_args, training_args):
+    """All that the measurements depend on; what search.py looks at, too."""
+    return {
         "model_sha256": model_checksum(model),
         "reference_config": reference,
         "low_bits": lows,
@@ -201,46 +185,78 @@ def main():
         "execution": model_args.execution,
         "attention": model.config._attn_implementation,
     }
-    state = open_state(os.path.join(training_args.output_dir, "state"), identity, data_args.overwrite_output_dir)
-    forward = ReusedForward(model, autocast_of(training_args))
+
+
+def sweep_cost(parts):
+    """Block forwards made, those that separate evaluations would make, and seconds, over all runs of the sweep."""
+    keys = ("block_forwards", "plain_block_forwards", "wall_seconds")
+    cost = {key: sum(part[key] for part in parts) for key in keys}
+    return cost | {"block_forwards_fraction": cost["block_forwards"] / cost["plain_block_forwards"]}
+
+
+def report_lines(flips, reference, ranks, cost):
+    """Everything that the sweep prints."""
+    lines = table_lines(flips, reference)
+    for low, rows in ranks.items():
+        for score, values in rows.items():
+            shown = ", ".join(f"{name} {'-' if value is None else f'{value:+.2f}'}" for name, value in values.items())
+            lines.append(f"Spearman rank correlation over linears, {low}: {score} with {shown}")
+    lines.append(
+        f"{cost['block_forwards']} block forwards in {cost['wall_seconds']:.0f} s; separate evaluations of reference "
+        f"and {len(flips)} flips: {cost['plain_block_forwards']} ({100 * cost['block_forwards_fraction']:.1f} %)"
+    )
+    return lines
+
+
+def main():
+    start = time.time()
+    model_args, data_args, training_args = parse_args(SweepArguments, DataTrainingArguments, TrainingArguments)
+    setup_logging(training_args)
+    if training_args.world_size > 1:
+        raise UserError(f"the sweep is one process, not {training_args.world_size}: --nproc_per_node=1")
+    training_args.refuse_full_eval()
+    folder, seed = training_args.output_dir, training_args.seed
+    set_seed(seed)
+    tokenizer = load_tokenizer(model_args)
+    model = load_model(QuantGPT2ForQuestionAnswering, model_args, tokenizer).to(training_args.device)
+    (name, reference), *others = resolve_configs(model, [model_args.reference_config, *model_args.low_bits]).items()
+    lows = dict(others)
+    if not lows or reference in lows.values():
+        shown = " ".join(model_args.low_bits)
+        raise UserError(f"--low_bits {shown}: allowed are configs other than --reference_config {name}")
+    _lock = run_lock(folder)
+    measure_set, sources = load_measure_set(
+        model, tokenizer, model_args, data_args, training_args, model_args.chunk_batches
+    )
+    identity = sweep_identity(model, tokenizer, measure_set, reference, lows, model_args, data_args, training_args)
+    state = open_state(os.path.join(folder, "state"), identity, data_args.overwrite_output_dir)
+
+    flips = make_flips(reference, lows)
     configs = [flipped(reference, lows[flip["low_bits"]], flip["layers"]) for flip in flips.values()]
+    forward = ReusedForward(model, autocast_of(training_args))
     parts = sweep(forward, measure_set, reference, configs, state, progress=not training_args.disable_tqdm)
 
     references = {row["id"]: row["answers"]["text"] for row in measure_set.examples}
-    names = ["reference", *flips]
-    measured = summarize(parts, names, references, model_args.num_bootstrap, training_args.seed)
-    flips = {key: flip | measured[key] for key, flip in flips.items()}
-    predicted = gradient_scores(
-        model, measure_set, reference, lows, model_args.num_gradient_batches, training_args.seed
-    )
-    for flip in flips.values():
+    measured = summarize(parts, ["reference", *flips], references, model_args.num_bootstrap, seed)
+    predicted = gradient_scores(model, measure_set, reference, lows, model_args.num_gradient_batches, seed)
+    for key, flip in flips.items():
+        flip |= measured[key]
         if flip["kind"] == "layer":
             flip |= predicted.get((flip["low_bits"], flip["name"]), {})
     ranks = {
         low: correlations([f for f in flips.values() if (f["low_bits"], f["kind"]) == (low, "layer")]) for low in lows
     }
-    cost = {
-        key: sum(part[key] for part in parts) for key in ("block_forwards", "plain_block_forwards", "wall_seconds")
-    }
-    cost["block_forwards_fraction"] = cost["block_forwards"] / cost["plain_block_forwards"]
-
-    print("\n".join(table_lines(flips, measured["reference"])))
-    for low, rows in ranks.items():
-        for score, values in rows.items():
-            shown = ", ".join(f"{name} {'-' if value is None else f'{value:+.2f}'}" for name, value in values.items())
-            print(f"Spearman rank correlation over linears, {low}: {score} with {shown}")
-    print(
-        f"{cost['block_forwards']} block forwards in {cost['wall_seconds']:.0f} s; separate evaluations of reference "
-        f"and {len(flips)} flips: {cost['plain_block_forwards']} ({100 * cost['block_forwards_fraction']:.1f} %)",
-        flush=True,
-    )
+    cost = sweep_cost(parts)
+    print("\n".join(report_lines(flips, measured["reference"], ranks, cost)), flush=True)
+    caption = plot_caption(model_args.model_name_or_path, sources[model_args.measure_split])
+    draw_heat_map(flips, os.path.join(folder, "sensitivity.png"), caption)
     description = {"name": name, **describe_bit_config(reference, model.layer_shapes())}
     record = run_record(
         model=relative_path(model_args.model_name_or_path),
         bit_config={**description, "lora_bank": model.config.lora_bank, "layers": reference},
         metrics=measured["reference"],
         data=sources,
-        seed=training_args.seed,
+        seed=seed,
         wall_seconds=time.time() - start,
         identity=identity,
         cost=cost,
@@ -249,8 +265,7 @@ def main():
         num_gradient_batches=model_args.num_gradient_batches,
         measures=list(MEASURES),
     )
-    draw_heat_map(flips, os.path.join(training_args.output_dir, "sensitivity.png"))
-    write_state(data_args.record_file or os.path.join(training_args.output_dir, "sensitivity.json"), record)
+    write_state(data_args.record_file or os.path.join(folder, "sensitivity.json"), record)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import os
 import pathlib
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 
@@ -160,6 +161,24 @@ def stamp_venv(folder):
     requirements = [(ROOT / name).read_bytes() for name in ("requirements.txt", "requirements-dev.txt")]
     stamp = hashlib.sha256(b"\0".join([sys.version.encode(), *requirements])).hexdigest()
     (folder / ".requirements-stamp").write_text(stamp)
+
+
+@pytest.fixture
+def hold():
+    """hold(folder): another process has the folder as its output folder until the test ends."""
+    code = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); "
+    code += "print(flush=True); input()"
+    holders = []
+
+    def start(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-c", code, str(folder / ".lock")]
+        holders.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        holders[-1].stdout.readline()
+
+    yield start
+    for holder in holders:
+        holder.communicate(b"\n")
 
 
 @pytest.fixture

@@ -194,10 +194,24 @@ def test_finished_attack_does_nothing_but_report(trained, text_files, tmp_path, 
     assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob("*.json")}
 
 
+@pytest.mark.parametrize("script", [whitebox_attack, attack_eval, rpi])
+def test_folder_of_another_run_is_refused_and_left_alone(script, trained, attacks, text_files, hold, tmp_path):
+    hold(tmp_path)
+    words = [*text_files, *ATTACK] if script is whitebox_attack else ["--attack_dirs", attacks / "32"]
+    with pytest.raises(ValueError, match="another run .* is writing to it"):
+        call(script, "--model_name_or_path", trained, *words, "--output_dir", tmp_path)
+    assert os.listdir(tmp_path) == [".lock"]
+
+
 def test_killed_start_is_no_obstacle(trained, text_files, tmp_path):
     (tmp_path / "attack_settings.json.99999999.tmp").write_text("{")
     attack(trained, text_files, tmp_path, "--num_iters", "1")
-    assert sorted(os.listdir(tmp_path)) == ["adversarial.json", "attack_settings.json", "parts", "record.json"]
+    assert sorted(set(os.listdir(tmp_path)) - {".lock"}) == [
+        "adversarial.json",
+        "attack_settings.json",
+        "parts",
+        "record.json",
+    ]
 
 
 def test_overwriting_removes_the_finished_attack_first(trained, text_files, tmp_path, monkeypatch):

@@ -181,6 +181,13 @@ def test_the_gradient_of_a_step_is_the_mean_over_its_configs(tiny_model, text_fi
             torch.testing.assert_close(after[name], parameter.detach() - parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_evaluation_into_the_folder_of_another_run_is_refused(tiny_model, text_files, hold, tmp_path, monkeypatch):
+    hold(tmp_path)
+    words = ["--model_name_or_path", tiny_model, "--validation_file", text_files[1], "--do_eval", "--use_cpu", "True"]
+    assert "is writing to it" in error_of(monkeypatch, run_clm, *words, "--output_dir", tmp_path)
+    assert os.listdir(tmp_path) == [".lock"]
+
+
 def test_evaluation_of_stock_weights_and_of_mixed_configs(
     trained, tiny_model, text_files, tmp_path, monkeypatch, capsys
 ):

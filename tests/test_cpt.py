@@ -510,7 +510,7 @@ def test_range_test_says_when_the_highest_width_does_not_learn(run, tmp_path, ca
 def test_range_test_says_when_it_is_not_clear(tmp_path):
     noisy, steady = [0.1, 0.9, 0.4, 1.0, 0.6], [0.9, 1.0, 0.9, 1.0, 0.9]
     for low, warned in ((noisy, True), (steady, False)):
-        min_bits, lines = range_test.report([[0.0], [0.0]], [low, steady], 5, 0.02, 0.6, tmp_path, write=False)
+        min_bits, lines = range_test.report([[0.0], [0.0]], [low, steady], 5, 0.02, 0.6, tmp_path, "", write=False)
         assert min_bits == 2 and ("not clear" in lines[-1]) == warned
     assert not list(tmp_path.iterdir())
 

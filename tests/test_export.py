@@ -189,12 +189,19 @@ def test_script_writes_a_folder_that_opens_and_a_record(checkpoint, script, caps
     out = tmp_path / "out"
     script("--model_name_or_path", checkpoint, "--output_dir", out)
     record = json.loads((out / "export.json").read_text())
-    size = sum(path.stat().st_size for path in out.iterdir() if path.name != "export.json")
+    size = sum(path.stat().st_size for path in out.iterdir() if path.name not in ("export.json", ".lock"))
     assert record["metrics"]["all_files_bytes"] == size and f"{size / 1e6:.3f} MB" in capsys.readouterr().out
     assert record["bit_config"]["exported_widths"]["transformer.h.0.attn.c_attn"] == [4, 8]
     exported = QuantGPT2ForQuestionAnswering.from_pretrained(out)
     assert exported.config.trained_bit_configs == ["8", "4"] and not exported.config.base_model_name_or_path
     assert not [path for path in out.iterdir() if path.name.startswith(".saving")]
+
+
+def test_folder_of_another_run_is_refused_and_left_alone(checkpoint, script, hold, tmp_path):
+    hold(tmp_path / "out")
+    with pytest.raises(ValueError, match="another run .* is writing to it"):
+        script("--model_name_or_path", checkpoint, "--output_dir", tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == [".lock"]
 
 
 def test_script_measures_the_answers_that_change(checkpoint, script, capsys, squad_files, tmp_path):

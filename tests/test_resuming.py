@@ -363,7 +363,8 @@ def test_left_overs_of_a_killed_run_go_and_its_command_works(run, tmp_path):
 
 
 def test_a_second_run_is_refused_while_the_first_lives_and_not_after(words, run, tmp_path):
-    code = "import sys, resuming; file = resuming.output_dir_lock(sys.argv[1]); print('held', flush=True); input()"
+    code = "import sys; from common import resuming; file = resuming.output_dir_lock(sys.argv[1]); "
+    code += "print('held', flush=True); input()"
     command = [sys.executable, "-c", code, str(tmp_path / "out")]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "base_model")}
     holder = subprocess.Popen(
@@ -380,7 +381,8 @@ def test_a_second_run_is_refused_while_the_first_lives_and_not_after(words, run,
 def test_every_process_of_a_run_keeps_the_folder(tmp_path):
     """A worker that outlives rank 0 holds its share of the lock; two shares do not hinder each other."""
     first = resuming.output_dir_lock(tmp_path, shared=True)
-    code = "import sys; from common.resuming import *; output_dir_lock(sys.argv[1], shared=sys.argv[2] == 'shared')"
+    code = "import sys; from common import resuming; "
+    code += "resuming.output_dir_lock(sys.argv[1], shared=sys.argv[2] == 'shared')"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "base_model")}
 
     def ends_well(kind):

@@ -177,7 +177,7 @@ def test_checkpoint_without_bank_is_evaluated_as_it_is(run, tiny_model):
 
 
 def test_resume_evaluates_only_what_is_missing(run, count, tmp_path):
-    predictions = count(run_qa_eval.QuestionAnsweringTrainer, "predict")
+    predictions = count(run_qa_eval.QuestionAnsweringTrainer, "predict_texts")
     whole = run(run_qa_eval, "--bit_configs", "8", "4", "W4A8KV8", out="whole")
     assert len(predictions) == 3
     run(run_qa_eval, "--bit_configs", "8")
@@ -201,7 +201,7 @@ def test_resume_evaluates_only_what_is_missing(run, count, tmp_path):
 
 def test_other_weights_are_evaluated_anew(run, count, tiny_model, tmp_path):
     other = make_bank(tiny_model, tmp_path / "other", seed=5)
-    predictions = count(run_qa_eval.QuestionAnsweringTrainer, "predict")
+    predictions = count(run_qa_eval.QuestionAnsweringTrainer, "predict_texts")
     run(run_qa_eval, "--bit_configs", "8")
     run(run_qa_eval, "--bit_configs", "8", model=other)
     assert len(predictions) == 2
@@ -222,7 +222,7 @@ def test_what_changes_the_answers_is_evaluated_anew(key, value, run, swept, coun
     other, base = tmp_path / "other", tmp_path / "base"
     shutil.copytree(bank, other)
     shutil.copytree(tiny_model, base)
-    predictions = count(run_qa_eval.QuestionAnsweringTrainer, "predict")
+    predictions = count(run_qa_eval.QuestionAnsweringTrainer, "predict_texts")
     run(run_qa_eval, "--bit_configs", "8", model=str(other))
     run(run_qa_eval, "--bit_configs", "8", model=bank)
     assert len(predictions) == 1, "the same model elsewhere"
@@ -240,7 +240,7 @@ def test_other_data_flags_and_tokenizer_are_evaluated_anew(run, count, squad_fil
     """The data are known by their content, from wherever they come."""
     data = tmp_path / "dev.json"
     data.write_text(pathlib.Path(squad_files[1]).read_text() + "\n")
-    predictions = count(run_qa_eval.QuestionAnsweringTrainer, "predict")
+    predictions = count(run_qa_eval.QuestionAnsweringTrainer, "predict_texts")
     run(run_qa_eval, "--bit_configs", "8")
     run(run_qa_eval, "--bit_configs", "8", "--validation_file", str(data))
     assert len(predictions) == 1
@@ -264,7 +264,7 @@ def test_damaged_evaluation_is_named_and_made_again(name, run, count, caplog):
     out = run(run_qa_eval, "--bit_configs", "8", "4")
     rows, (folder,) = rows_of(out), out.glob("W4A4KV4-*")
     whole = (folder / "eval_predictions.json").read_bytes()
-    predictions = count(run_qa_eval.QuestionAnsweringTrainer, "predict")
+    predictions = count(run_qa_eval.QuestionAnsweringTrainer, "predict_texts")
     for number, damage in enumerate(damages((folder / name).read_bytes()), 1):
         (folder / name).write_bytes(damage)
         caplog.clear()
@@ -675,10 +675,19 @@ def swept(bank, squad_files, tmp_path_factory):
     return str(folder / "sensitivity.json")
 
 
+@pytest.mark.parametrize("module", [run_qa_eval, sensitivity, search])
+def test_a_folder_of_another_run_is_refused_and_left_alone(module, run, swept, hold, tmp_path):
+    flags = {run_qa_eval: (), sensitivity: SWEEP, search: ("--sensitivity_file", swept, "--average_bits", "6")}
+    hold(tmp_path / "out")
+    with pytest.raises(ValueError, match="another run .* is writing to it"):
+        run(module, *flags[module])
+    assert os.listdir(tmp_path / "out") == [".lock"]
+
+
 def test_search_writes_and_evaluates_an_assignment_within_the_budget(run, swept, bank, count, tmp_path):
     flags = ("--sensitivity_file", swept, "--bit_widths", "8", "4", "--average_bits", "6.4", "--num_random", "3",
              "--pareto", "--pareto_points", "4", "--output", str(tmp_path / "a.json"))  # fmt: skip
-    predictions = count(run_qa_eval.QuestionAnsweringTrainer, "predict")
+    predictions = count(run_qa_eval.QuestionAnsweringTrainer, "predict_texts")
     out = run(search, *flags)
     rows, record = rows_of(out), read(out / "record.json")
     assert list(rows)[:3] == ["W8A8KV8", "W4A4KV4", "found"] and len(rows) == 2 + 3 * (1 + 3)
@@ -748,7 +757,7 @@ def test_sensitivity_file_of_another_checkpoint_or_kind_is_refused(run, swept, t
 def test_byte_order_mark_of_a_sensitivity_file_and_names_of_the_search(run, swept, tmp_path):
     content = json.loads(pathlib.Path(swept).read_text())
     (tmp_path / "marked.json").write_text(json.dumps(content), encoding="utf-8-sig")
-    assert assignment.read_sensitivity(tmp_path / "marked.json", content["identity"]["model_sha256"]) == {
+    assert assignment.read_sensitivity(tmp_path / "marked.json") == {
         key: value for key, value in content.items() if key != "sha256"
     }
     low = content["identity"]["low_bits"]

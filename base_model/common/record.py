@@ -173,6 +173,11 @@ def relative_path(word):
     return os.path.relpath(word) if os.path.isabs(word) else word
 
 
+def plot_caption(model, source):
+    """What a plot is of: model, data and number of examples. source: of a split, {"source", "examples"}."""
+    return f"{relative_path(model)}, {source['source']} (n = {source['examples']})"
+
+
 def git_state():
     """{"commit", "dirty"} of the code's repository, None outside one."""
     here = os.path.dirname(os.path.abspath(__file__))

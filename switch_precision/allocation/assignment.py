@@ -40,22 +40,27 @@ def resources(kind, options, shapes):
     return table, {"average_bits": weights, "weight_mb": 1e6, "bitops": table[:, 0].sum()}[kind]
 
 
-def read_sensitivity(path, checksum):
-    """The record of sensitivity.py; refused when it is missing, damaged, something else, or of another checkpoint."""
+def read_sensitivity(path):
+    """The record of sensitivity.py; refused when it is missing, damaged or something else."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--sensitivity_file {path}: no such file; sweep.sh (sensitivity.py) makes it")
     try:
         record = load_state(path)
-        found = record["identity"]["model_sha256"]
+        record["identity"]["model_sha256"], record["flips"]
     except (UserError, KeyError, TypeError) as error:
         reason = str(error).removeprefix(f"{path}: ")
         raise UserError(f"--sensitivity_file {path}: not a record of sensitivity.py ({reason})") from None
+    return record
+
+
+def refuse_other_checkpoint(path, record, checksum):
+    """Refuse a record of read_sensitivity that is of other weights than those with this checksum."""
+    found = record["identity"]["model_sha256"]
     if found != checksum:
         raise UserError(
             f"--sensitivity_file {path}: swept a checkpoint with checksum {found[:16]}..., this one has "
             f"{checksum[:16]}...: run sweep.sh on it"
         )
-    return record
 
 
 class Problem:

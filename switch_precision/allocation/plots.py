@@ -33,10 +33,11 @@ def save(figure, path):
     plt.close(figure)
 
 
-def draw_heat_map(flips, path):
+def draw_heat_map(flips, path, caption):
     """Blocks by layer types, EM drop and KL side by side, one row of panels per low width.
 
-    Args: flips: {key: {"kind", "low_bits", "name", "exact_match_drop", "kl"}}. path: of the PNG."""
+    Args: flips: {key: {"kind", "low_bits", "name", "exact_match_drop", "kl"}}. path: of the PNG. caption: its title.
+    """
     layers = [flip for flip in flips.values() if flip["kind"] == "layer"]
     lows, blocks = list(dict.fromkeys(f["low_bits"] for f in layers)), 1 + max(block_of(f["name"]) for f in layers)
     size = (11, 1.6 + len(lows) * (1.2 + 0.36 * blocks))
@@ -64,18 +65,19 @@ def draw_heat_map(flips, path):
             axes.set_ylabel("block")
             axes.set_title(f"{title}, one linear at {low}")
             figure.colorbar(image, ax=axes)
+    figure.suptitle(caption, fontsize=10)
     save(figure, path)
 
 
-def draw_pareto(rows, groups, path):
+def draw_pareto(rows, groups, path, caption):
     """EM with intervals against average bits.
 
     Args: rows: of the evaluation table. groups: {"found" | "uniform" | "random": config names}; a row that is in
-    none is the hybrid. path: of the PNG.
+    none is the hybrid. path: of the PNG. caption: its title.
     """
     grouped = {name for names in groups.values() for name in names}
     groups = groups | {"hybrid": [row["config"] for row in rows if row["config"] not in grouped]}
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.5, 4.5), layout="constrained")
     for group in ("random", "uniform", "found", "hybrid"):
         members = sorted(
             (row for row in rows if row["config"] in groups[group]), key=lambda row: row["average_w_bits"]
@@ -90,5 +92,6 @@ def draw_pareto(rows, groups, path):
     axes.set_xlabel("average bits of the linear weights")
     axes.set_ylabel("exact match (%)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.set_title(caption, fontsize=10)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the axes: nothing is under it
     save(figure, path)
