@@ -163,6 +163,21 @@ def stamp_venv(folder):
 
 
 @pytest.fixture
+def figures(monkeypatch):
+    """{file name: Figure} of the plots that are saved during the test."""
+    import matplotlib.figure
+
+    saved, original = {}, matplotlib.figure.Figure.savefig
+
+    def savefig(figure, path, *args, **options):
+        saved[os.path.basename(path).split(".png")[0]] = figure
+        return original(figure, path, *args, **options)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+    return saved
+
+
+@pytest.fixture
 def python_stub(tmp_path):
     """(environment, calls): shell scripts run in `environment` call a python3 that only notes its arguments, without
     those of torch.distributed.run's module; `calls()` are the lists of them. STUB_GPUS: devices that it finds.

@@ -417,13 +417,6 @@ def test_shell_scripts_run_from_anywhere_and_pass_flags_on(script, python_stub, 
         assert published == (1000, 3e-3, 16) and training_args.lr_scheduler_type == "cosine"
 
 
-def test_every_flag_has_a_help_text():
-    import dataclasses
-
-    for group in (run_qa.ModelArguments, run_qa.DataTrainingArguments):
-        assert all(field.metadata.get("help") for field in dataclasses.fields(group))
-
-
 # ---- several processes
 
 

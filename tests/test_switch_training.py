@@ -1,6 +1,5 @@
 """Switchable-precision training: the sampler, the losses against reference values, one step, whole runs."""
 
-import dataclasses
 import json
 import math
 import os
@@ -685,8 +684,3 @@ def test_train_script_runs_from_anywhere_and_passes_flags_on(python_stub, tmp_pa
     assert model_args.bit_widths == [4, 6] and data_args.train_file == "my train.json" and not training_args.bf16
     published = (training_args.max_steps, training_args.learning_rate, training_args.per_device_train_batch_size)
     assert published == (1000, 3e-3, 16) and (training_args.eval_steps, training_args.save_steps) == (256, 256)
-
-
-def test_every_flag_has_a_help_text():
-    for group in (run_qa.BankArguments, run_qa.ObjectiveArguments):
-        assert all(field.metadata.get("help") for field in dataclasses.fields(group))
