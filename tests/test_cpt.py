@@ -180,14 +180,10 @@ def fresh(tiny_model):
 
 
 @pytest.fixture
-def argv(tiny_model, squad_files):
-    def words(*flags, out, model=tiny_model, train=True):
-        argv = ["--model_name_or_path", str(model), "--train_file", squad_files[0], "--doc_stride", "16"]
-        argv += ["--validation_file", squad_files[1], "--output_dir", str(out), "--do_eval", "--max_seq_length", "96"]
-        argv += ["--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "4", "--save_strategy", "steps"]
-        argv += ["--learning_rate", "3e-3", "--disable_tqdm", "True", "--use_cpu", "True", "--logging_steps", "1"]
-        argv += ["--do_train", "--max_steps", "4", "--num_cyclic_period", "2"] if train else []
-        return [*argv, *map(str, flags)]
+def argv(qa_words):
+    def words(*flags, train=True, **options):
+        more = ["--do_train", "--max_steps", "4", "--num_cyclic_period", "2"] if train else []
+        return qa_words("--logging_steps", "1", *more, *flags, train=False, **options)
 
     return words
 
