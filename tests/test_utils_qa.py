@@ -769,7 +769,7 @@ import json, os, sys
 sys.path.insert(0, sys.argv[1])
 import evaluate
 second = os.fork()
-metric = evaluate.load(os.path.join(sys.argv[1], "squad_metric"), keep_in_memory=True)
+metric = evaluate.load(os.path.join(sys.argv[1], "common/squad_metric"), keep_in_memory=True)
 predictions, references = json.load(open(sys.argv[2]))
 for _ in range(2):
     scores = metric.compute(predictions=predictions, references=references)
@@ -792,7 +792,7 @@ def test_metric_module_from_another_folder(tmp_path, monkeypatch, metric_case):
     import evaluate  # here, because it takes seconds
 
     monkeypatch.chdir(tmp_path)
-    metric = evaluate.load(str(REPO / "base_model" / "squad_metric"), keep_in_memory=True)
+    metric = evaluate.load(str(REPO / "base_model" / "common" / "squad_metric"), keep_in_memory=True)
     predictions, references, expected = metric_case
     assert expected == {"exact_match": 50.0, "f1": pytest.approx(90.0)}
     for _ in range(2):
