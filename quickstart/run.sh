@@ -24,7 +24,8 @@ export PATH="$venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 cd "$root"  # records show commands and paths relative to here
 
 # Results of other code are not this code's results.
-code="$(cat quickstart/*.py quickstart/run.sh quickstart/*.json {base_model,switch_precision,cpt,adv_attack}/{*.py,*.sh,models/*.{py,c}} | sha256sum | cut -d ' ' -f 1)-$seed"
+sources="$(find base_model switch_precision cpt adv_attack -name "*.py" -o -name "*.sh" -o -name "*.c" | LC_ALL=C sort)"
+code="$(cat quickstart/*.py quickstart/run.sh quickstart/*.json $sources | sha256sum | cut -d ' ' -f 1)-$seed"
 if [[ "$(cat "$work/code" 2>/dev/null || true)" != "$code" ]]; then
     rm -rf -- "$work/runs" "$work/records"
     echo "$code" >"$work/code"
