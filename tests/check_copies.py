@@ -29,7 +29,7 @@ def governed(root):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fix", action="store_true", help="rewrite the copies")
-    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1])
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1], help="the repository")
     args = parser.parse_args()
     copies = [(files[0], copy) for files in governed(args.root).values() for copy in files[1:]]
     drifted = [(original, copy) for original, copy in copies if not filecmp.cmp(original, copy, shallow=False)]

@@ -156,6 +156,20 @@ def tiny_model(tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def qa_words(tiny_model, squad_files):
+    """qa_words(*flags, out): the command line of a small run of a run_qa.py; later flags win."""
+
+    def words(*flags, out, model=tiny_model, train=True):
+        values = {"model_name_or_path": model, "train_file": squad_files[0], "validation_file": squad_files[1]}
+        values |= {"output_dir": out, "max_seq_length": 96, "doc_stride": 16, "learning_rate": 3e-3, "do_eval": True}
+        values |= {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 4, "save_strategy": "steps"}
+        values |= {"disable_tqdm": True, "use_cpu": True} | ({"do_train": True, "max_steps": 2} if train else {})
+        return [*(str(word) for key, value in values.items() for word in (f"--{key}", value)), *map(str, flags)]
+
+    return words
+
+
 def stamp_venv(folder):
     """Let tests/make_venv.sh take a folder for a finished environment of this python."""
     requirements = [(ROOT / name).read_bytes() for name in ("requirements.txt", "requirements-dev.txt")]
@@ -179,6 +193,21 @@ def hold():
     yield start
     for holder in holders:
         holder.communicate(b"\n")
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """{file name: Figure} of the plots that are saved during the test."""
+    import matplotlib.figure
+
+    saved, original = {}, matplotlib.figure.Figure.savefig
+
+    def savefig(figure, path, *args, **options):
+        saved[os.path.basename(path).split(".png")[0]] = figure
+        return original(figure, path, *args, **options)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+    return saved
 
 
 @pytest.fixture

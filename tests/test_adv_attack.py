@@ -112,7 +112,7 @@ def test_attack_beats_the_classifier_and_the_unoptimized_theta_does_not(trained,
     assert "best of 5, all" in table and "single, right" in table
 
 
-def test_matrix_random_precision_and_plot(trained, attacks, tmp_path):
+def test_matrix_random_precision_and_plot(trained, attacks, figures, tmp_path):
     folders = [attacks / bits for bits in ("32", "8", "4", "eot")]
     call(rpi, "--model_name_or_path", trained, "--attack_dirs", *folders, "--precision_set", 4, 8,
          "--bitsandbytes", "nf4", "--repetitions", 20, "--output_dir", tmp_path)  # fmt: skip
@@ -127,7 +127,16 @@ def test_matrix_random_precision_and_plot(trained, attacks, tmp_path):
         assert row["repeated_queries"]["accuracy"] <= row["low"] + 1e-9
     cells = [[single[a][b]["accuracy"] for b in ("W4A4KV4", "W8A8KV8")] for a in ("W4A4KV4", "W8A8KV8")]
     assert record["summary"]["single sample"]["mean_diagonal"] == pytest.approx((cells[0][0] + cells[1][1]) / 2)
-    assert (tmp_path / "matrix.png").stat().st_size > 10_000
+    assert (tmp_path / "matrix.png").is_file()
+    panels = [axes for axes in figures["matrix"].axes if axes.images]
+    for axes, matrix in zip(panels, record["matrices"].values(), strict=True):
+        cells = [[cell["accuracy"] for cell in row.values()] for row in matrix.values()]
+        shown = axes.images[0].get_array().tolist()
+        assert [row[:-1] for row in shown] == cells, "the last column is random precision"
+        assert [text.get_text() for text in axes.texts] == [f"{value:.0f}" for row in shown for value in row]
+    assert [row[-1] for row in panels[0].images[0].get_array().tolist()] == pytest.approx(
+        [record["random_precision"][row]["mean"] for row in single]
+    )
     table = (tmp_path / "table.md").read_text()
     assert "mean_all" in table and "mean_diagonal" in table and "weight-only" in table
 

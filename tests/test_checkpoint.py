@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
-from conftest import experiment
+from common.arguments import ModelArguments
+from common.loading import load_tokenizer, open_model
 from models.errors import UserError
 from models.exported import save_exported, served_widths
 from models.modeling_gpt2_quant import (
@@ -95,14 +96,21 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.slow), "stock", "adapters", "exported"])
-def test_any_value_of_any_key_opens_or_is_one_error(kind, copies):
+FEW = ("x", None, {}, -1, math.nan)  # a kind each
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [("adapters", FEW), ("exported", FEW), *(pytest.param(kind, HOSTILE, marks=pytest.mark.slow) for kind in KINDS)],
+    ids=lambda value: value if isinstance(value, str) else f"{len(value)} values",
+)
+def test_any_value_of_any_key_opens_or_is_one_error(kind, values, copies):
     folder = copies[kind]
     before = (folder / "config.json").read_text()
     keys = {*json.loads(before), "auto_map", "dtype", "n_inner", "id2label", "label2id", "num_labels", "problem_type"}
     keys |= {"return_dict", "quantization_config", "hidden_size", "pruned_heads", "save_pretrained", "lora_bank"}
     for key in sorted(keys):
-        for value in HOSTILE:
+        for value in values:
             edit(folder, **{key: value})
             message = opens_or_user_error(folder)
             assert message is None or str(folder) in message, (key, value, message)
@@ -182,7 +190,6 @@ def test_code_in_a_checkpoint_is_never_run(copies):
         auto = {"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}
         tokens.write_text(json.dumps(json.loads(tokens.read_text()) | auto))
         assert opens_or_user_error(folder) is None
-        from common.loading import load_tokenizer
 
         load_tokenizer(arguments(folder))
 
@@ -196,26 +203,24 @@ def arguments(folder, **changes):
     return SimpleNamespace(**fields | {"model_name_or_path": str(folder)} | changes)
 
 
-@pytest.mark.parametrize("folder", ["base_model", "switch_precision", "cpt", "adv_attack"])
-def test_lora_flags_unlike_the_adapters_are_refused(folder, pristine):
-    with experiment(folder):
-        from common.arguments import ModelArguments
-        from common.loading import load_tokenizer, open_model
-        from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering as Model
+def test_lora_flags_unlike_the_adapters_are_refused(pristine):
     assert (ModelArguments().lora_r, ModelArguments().lora_alpha) == (None, None)
     tokenizer = load_tokenizer(arguments(pristine["adapters"]))
     for flags in ({}, {"lora_r": 4, "lora_alpha": 12}):
-        assert open_model(Model, arguments(pristine["adapters"], **flags), tokenizer).config.lora_r == 4
+        assert (
+            open_model(
+                QuantGPT2ForQuestionAnswering, arguments(pristine["adapters"], **flags), tokenizer
+            ).config.lora_r
+            == 4
+        )
     with pytest.raises(ValueError, match="--lora_r 8, but the adapters of .* have lora_r 4"):
-        open_model(Model, arguments(pristine["adapters"], lora_r=8), tokenizer)
+        open_model(QuantGPT2ForQuestionAnswering, arguments(pristine["adapters"], lora_r=8), tokenizer)
     with pytest.raises(ValueError, match="--lora_alpha 16, but the adapters of .* have lora_alpha 12"):
-        open_model(Model, arguments(pristine["exported"], lora_alpha=16), tokenizer)
+        open_model(QuantGPT2ForQuestionAnswering, arguments(pristine["exported"], lora_alpha=16), tokenizer)
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "tokenizer.json"])
 def test_faulty_files_beside_the_tokenizer_are_one_error(file, copies):
-    from common.loading import load_tokenizer
-
     for content in ("{", '{"n_layer": "x"}', "[]", '{"model": {"type": "BPE"}}', '{"tokenizer_class": 5}'):
         (copies["full"] / file).write_text(content)
         try:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from common.loading import load_tokenizer, open_model
 from conftest import experiment
 from models.bitsandbytes_ptq import quantize_with_bitsandbytes
 from models.exported import save_exported, served_widths
@@ -109,18 +110,14 @@ def test_language_model_keeps_its_tied_head(tiny_model, tmp_path):
     assert exported.lm_head.weight is exported.transformer.wte.weight
 
 
-@pytest.mark.parametrize("folder", ["base_model", "switch_precision", "cpt"])
-def test_an_exported_checkpoint_is_evaluated_but_not_trained(folder, model, tiny_model, tmp_path):
+def test_an_exported_checkpoint_is_evaluated_but_not_trained(model, tiny_model, tmp_path):
     export(model, tmp_path, 8)
-    with experiment(folder):
-        from common.loading import load_tokenizer, open_model
-        from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering as Model
     hub = dict.fromkeys(("cache_dir", "token", "attn_implementation", "base_model_name_or_path"))
     args = SimpleNamespace(model_name_or_path=tmp_path, tokenizer_name=tiny_model, model_revision="main", **hub)
     tokenizer = load_tokenizer(args)
-    assert torch.equal(logits(open_model(Model, args, tokenizer)), logits(model, 8))
+    assert torch.equal(logits(open_model(QuantGPT2ForQuestionAnswering, args, tokenizer)), logits(model, 8))
     with pytest.raises(ValueError, match="an exported checkpoint without float weights: .* train the checkpoint that"):
-        open_model(Model, args, tokenizer, training=True)
+        open_model(QuantGPT2ForQuestionAnswering, args, tokenizer, training=True)
 
 
 def test_bitsandbytes_needs_float_weights(model, tmp_path):

@@ -1,12 +1,15 @@
 """The door of all flags: --help of every script, JSON files of flags, and refusals before anything is loaded."""
 
+import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
 import sys
 
 import pytest
+import transformers
 
 from conftest import ROOT, experiment
 
@@ -41,12 +44,16 @@ def load(path):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_help_of_every_script(path, monkeypatch, capsys):
-    module = load(path)
+def test_help_of_every_script_explains_every_flag_of_ours(path, monkeypatch, capsys):
+    module, parsers, original = load(path), [], argparse.ArgumentParser.format_help
+    monkeypatch.setattr(argparse.ArgumentParser, "format_help", lambda self: parsers.append(self) or original(self))
     monkeypatch.setattr(sys, "argv", [path.name, "--help"])
     with pytest.raises(SystemExit) as stop:
         module.main()
     assert not stop.value.code and "usage:" in capsys.readouterr().out
+    upstream = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    unexplained = [action.dest for action in parsers[-1]._actions if not (action.help or "").strip()]
+    assert [name for name in unexplained if name not in upstream] == []
 
 
 def test_scripts_are_found():

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from common.squad_data import load_squad_json
-from conftest import experiment
+from conftest import experiment, load_script
 
 with experiment("quickstart"):
     import make_model
@@ -105,7 +105,15 @@ def test_tables_and_plot_of_the_quick_start_come_from_the_records(tmp_path):
     texts = made_anew("report.py", ["--records", RESULTS, "--output_dir", tmp_path], pages, tmp_path)
     assert texts == [(ROOT / page).read_text() for page in pages], "quickstart/README.md says how"
     assert "overview table: begin" in texts[0] and "quickstart table: begin" in texts[1]
-    assert (tmp_path / "quickstart.png").stat().st_size > 10_000
+    assert (tmp_path / "quickstart.png").is_file()
+
+
+def test_the_plot_shows_both_scores_of_every_row(figures, tmp_path):
+    rows = [("LoRA", "8", 51.5, 60.0), ("PTQ", "4", 3.0, 7.5)]
+    load_script("quickstart/report.py").plot(rows, tmp_path / "scores.png")
+    (axes,) = figures["scores"].axes
+    assert [bar.get_width() for bars in axes.containers for bar in bars] == [51.5, 3.0, 60.0, 7.5]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["LoRA", "PTQ"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import run_qa
-from common import record, resuming
+from common import record, resuming, trainer
 from conftest import ROOT, experiment, tiny_squad
 
 with experiment("adv_attack"):
@@ -29,13 +29,9 @@ STEPS = ("--bit_widths", "4", "--max_steps", "4", "--save_steps", "2", "--save_s
 
 
 @pytest.fixture
-def words(tiny_model, squad_files, tmp_path):
+def words(qa_words, tmp_path):
     """The command line of a small training with base_model's run_qa.py; later flags win."""
-    values = {"model_name_or_path": tiny_model, "train_file": squad_files[0], "validation_file": squad_files[1]}
-    values |= {"output_dir": tmp_path / "out", "max_seq_length": 96, "doc_stride": 16, "learning_rate": 3e-3}
-    values |= {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 7, "disable_tqdm": True}
-    flags = [str(word) for key, value in values.items() for word in (f"--{key}", value)]
-    return ["run_qa.py", *flags, "--use_cpu", "True", "--do_train", *STEPS]
+    return ["run_qa.py", *qa_words("--do_eval", "False", *STEPS, out=tmp_path / "out")]
 
 
 @pytest.fixture
@@ -69,14 +65,10 @@ def forget_the_end(folder):
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_model, squad_files, tmp_path_factory):
+def finished(qa_words, tmp_path_factory):
     """Folder of a finished run; copied by each test."""
     folder = tmp_path_factory.mktemp("finished") / "out"
-    values = {"model_name_or_path": tiny_model, "train_file": squad_files[0], "validation_file": squad_files[1]}
-    values |= {"output_dir": folder, "max_seq_length": 96, "doc_stride": 16, "learning_rate": 3e-3}
-    values |= {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 7, "disable_tqdm": True}
-    flags = [str(word) for key, value in values.items() for word in (f"--{key}", value)]
-    before, sys.argv = sys.argv, ["run_qa.py", *flags, "--use_cpu", "True", "--do_train", *STEPS]
+    before, sys.argv = sys.argv, ["run_qa.py", *qa_words("--do_eval", "False", *STEPS, out=folder)]
     try:
         run_qa.main()
     finally:
@@ -128,7 +120,7 @@ def test_other_data_or_weights_under_the_same_name_are_refused(finished, run, tm
     shutil.copytree(tiny_model, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-3}))
-    with pytest.raises(ValueError, match=r"other settings \(model_config"):
+    with pytest.raises(ValueError, match=r"other settings \(model: '\w+' then, '\w+' now\)"):
         run("--model_name_or_path", tmp_path / "model")
 
 
@@ -140,16 +132,14 @@ def test_other_bits_in_a_file_of_the_same_name_are_refused(script, flag, words, 
     flags = [*words[: -len(STEPS)], "--max_steps", "1", "--save_strategy", "no", flag, str(config)]
     monkeypatch.setattr(sys, "argv", flags)
 
-    def attempt(mlp, indent):
-        layer = {"w_bits": 8, "a_bits": 8, "kv_bits": 8}
-        rules = {"attn": layer, "mlp": layer | {"w_bits": mlp}}
-        config.write_text(json.dumps(rules, indent=indent))
+    def attempt(layers, indent=None):
+        config.write_text(json.dumps({"default": 8, layers: 4}, indent=indent))
         script.main()
 
-    attempt(4, None)
-    attempt(4, 2)  # the same bits, written in another way
-    with pytest.raises(ValueError, match=r"other settings \(bits: '\w+' then, '\w+' now\)"):
-        attempt(8, None)
+    attempt("*.mlp.*")
+    attempt("*.mlp.*", 2)  # the same bits, written in another way
+    with pytest.raises(ValueError, match=r"other settings \(.*bits: '\w+' then, '\w+' now\)"):
+        attempt("*.attn.*")
 
 
 def test_a_moved_model_and_a_moved_file_are_the_same(finished, run, tmp_path, tiny_model, squad_files):
@@ -172,22 +162,26 @@ def test_a_moved_model_and_a_moved_file_are_the_same(finished, run, tmp_path, ti
     ],
     ids=" ".join,
 )
-def test_what_does_not_change_the_result_is_free_and_changes_nothing(flags, finished, run, tmp_path, dropout_words):
-    run(*dropout_words, out="whole")
-    run(*dropout_words, "--max_steps", "4", *flags, out="other")
-    assert same_weights(tmp_path / "whole", tmp_path / "other")
+def test_what_does_not_change_the_result_is_free_and_changes_nothing(flags, finished, run, tmp_path, dropout):
+    run("--model_name_or_path", dropout / "model", *flags, out="other")
+    assert same_weights(dropout / "out", tmp_path / "other")
     shutil.copytree(finished, tmp_path / "out")
     assert run(*flags)["continues"] == "finished training"
 
 
-@pytest.fixture
-def dropout_words(tiny_model, tmp_path):
-    """A model with dropout: its training shows when something else draws random numbers."""
-    folder = shutil.copytree(tiny_model, tmp_path / "dropout")
-    config = json.loads((tmp_path / "dropout" / "config.json").read_text())
+@pytest.fixture(scope="module")
+def dropout(qa_words, tiny_model, tmp_path_factory):
+    """Folder of a model with dropout, whose training shows what else draws random numbers, and of its run."""
+    folder = tmp_path_factory.mktemp("dropout")
+    shutil.copytree(tiny_model, folder / "model")
+    config = json.loads((folder / "model" / "config.json").read_text())
     config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.1)
-    (tmp_path / "dropout" / "config.json").write_text(json.dumps(config))
-    return ("--model_name_or_path", folder)
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.MonkeyPatch.context() as patch:
+        words = qa_words("--do_eval", "False", *STEPS, out=folder / "out", model=folder / "model")
+        patch.setattr(sys, "argv", ["run_qa.py", *words])
+        run_qa.main()
+    return folder
 
 
 def test_where_evaluation_picks_the_model_it_is_compared(run):
@@ -288,10 +282,14 @@ def damage(path, how):
 
 
 FILES = ("model.safetensors", "config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+FILES += (resuming.MANIFEST_FILE,)
 
 
-@pytest.mark.parametrize("how", ["empty", "half", "bit"])
-@pytest.mark.parametrize("name", [*FILES, resuming.MANIFEST_FILE])
+KINDS = [("model.safetensors", "empty"), ("optimizer.pt", "half"), *((name, "bit") for name in FILES)]
+OTHERS = sorted({(name, how) for name in FILES for how in ("empty", "half", "bit")} - set(KINDS))
+
+
+@pytest.mark.parametrize(("name", "how"), [*KINDS, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)])
 def test_a_damaged_newest_checkpoint_is_left_out_with_one_line(name, how, finished, run, tmp_path, caplog):
     shutil.copytree(finished, tmp_path / "out")
     forget_the_end(tmp_path / "out")
@@ -334,8 +332,8 @@ def test_old_checkpoints_go_only_when_the_new_one_is_whole(run, tmp_path, monkey
 
     run("--save_total_limit", "1", out="whole")
     assert [path.name for path in (tmp_path / "whole").glob("checkpoint-*")] == ["checkpoint-4"]
-    seal = resuming.seal
-    monkeypatch.setattr(resuming, "seal", lambda path: fail() if path.endswith("-4") else seal(path))
+    seal = trainer.seal
+    monkeypatch.setattr(trainer, "seal", lambda path: fail() if path.endswith("-4") else seal(path))
     with pytest.raises(OSError):
         run("--save_total_limit", "1")
     assert resuming.resume_fault(tmp_path / "out" / "checkpoint-2", 1) is None
@@ -381,24 +379,37 @@ def test_a_second_run_is_refused_while_the_first_lives_and_not_after(words, run,
 def test_every_process_of_a_run_keeps_the_folder(tmp_path):
     """A worker that outlives rank 0 holds its share of the lock; two shares do not hinder each other."""
     first = resuming.output_dir_lock(tmp_path, shared=True)
-    code = "import sys; from common import resuming; "
-    code += "resuming.output_dir_lock(sys.argv[1], shared=sys.argv[2] == 'shared')"
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "base_model")}
+    code = """if True:
+        import sys
+        from common.resuming import output_dir_lock
+        for line in sys.stdin:
+            try:
+                output_dir_lock(sys.argv[1], shared=line == "shared\\n").close()
+                print(True, flush=True)
+            except ValueError:
+                print(False, flush=True)
+    """
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    other = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT / "base_model")}, **pipes)
 
     def ends_well(kind):
-        return not subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path), kind], env=environment, capture_output=True
-        ).returncode
+        print(kind, file=other.stdin, flush=True)
+        return {"True\n": True, "False\n": False}[other.stdout.readline()]
 
     assert ends_well("shared") and not ends_well("alone")
     first.close()
     assert ends_well("alone")
+    other.communicate()
 
 
 # ---- a full disk
 
 
-@pytest.mark.parametrize("limit", [1_000, 20_000, 60_000, 100_000])
+REST = [pytest.param(size, marks=pytest.mark.slow) for size in (1_000, 60_000, 100_000)]
+
+
+@pytest.mark.parametrize("limit", [20_000, *REST])
 def test_a_full_disk_ends_with_one_error_and_keeps_the_checkpoints(limit, words, finished, tmp_path):
     """A limit on the size of files acts as a full disk: every writer meets it somewhere else."""
     shutil.copytree(finished, tmp_path / "out")

@@ -36,18 +36,11 @@ def test_an_evaluation_at_quantized_bits_keeps_only_codes(bits, kept, run, monke
 
 
 @pytest.fixture
-def run(monkeypatch, tiny_model, squad_files, tmp_path):
+def run(monkeypatch, qa_words, tmp_path):
     """run(*flags, **flags) calls main() with the tiny model and data; later flags win; returns the run's record."""
 
-    def call(*flags, out="out", model=tiny_model, train=True, **named):
-        argv = ["run_qa.py", "--model_name_or_path", str(model), "--train_file", squad_files[0]]
-        argv += ["--validation_file", squad_files[1], "--output_dir", str(tmp_path / out), "--do_eval"]
-        argv += ["--max_seq_length", "96", "--doc_stride", "16"]
-        argv += ["--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "4"]
-        argv += ["--learning_rate", "3e-3", "--disable_tqdm", "True", "--use_cpu", "True"]
-        argv += ["--do_train", "--max_steps", "2"] if train else []
-        argv += [word for key, value in named.items() for word in (f"--{key}", str(value))]
-        monkeypatch.setattr(sys, "argv", argv + list(flags))
+    def call(*flags, out="out", **options):
+        monkeypatch.setattr(sys, "argv", ["run_qa.py", *qa_words(*flags, out=tmp_path / out, **options)])
         run_qa.main()
         return json.loads((tmp_path / out / "record.json").read_text())
 
@@ -415,13 +408,6 @@ def test_shell_scripts_run_from_anywhere_and_pass_flags_on(script, python_stub, 
         assert data_args.train_file == "my train.json"
         published = (training_args.max_steps, training_args.learning_rate, training_args.per_device_train_batch_size)
         assert published == (1000, 3e-3, 16) and training_args.lr_scheduler_type == "cosine"
-
-
-def test_every_flag_has_a_help_text():
-    import dataclasses
-
-    for group in (run_qa.ModelArguments, run_qa.DataTrainingArguments):
-        assert all(field.metadata.get("help") for field in dataclasses.fields(group))
 
 
 # ---- several processes

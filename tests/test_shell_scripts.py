@@ -168,9 +168,12 @@ def test_a_comparison_refuses_flags_that_it_sets_itself(flag, python_stub, tmp_p
 # ---- processes and python
 
 
-@pytest.mark.parametrize("script", LAUNCHING)
+COUNTS = [("", 0), ("0", 0), ("two", 0), ("-1", 1), ("1.5", 0), ("2 2", 0), ("3", 2)]
+
+
 @pytest.mark.parametrize(
-    ("nproc", "gpus"), [("", 0), ("0", 0), ("two", 0), ("-1", 1), ("1.5", 0), ("2 2", 0), ("3", 2)]
+    ("script", "nproc", "gpus"),
+    [*((LAUNCHING[0], *count) for count in COUNTS), *((script, "3", 2) for script in LAUNCHING[1:])],
 )
 def test_a_wrong_number_of_processes_is_one_message(script, nproc, gpus, python_stub):
     environment, calls = python_stub

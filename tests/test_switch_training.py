@@ -1,6 +1,5 @@
 """Switchable-precision training: the sampler, the losses against reference values, one step, whole runs."""
 
-import dataclasses
 import json
 import math
 import os
@@ -233,23 +232,11 @@ def test_cascade_by_hand(cascade):
 
 
 @pytest.fixture
-def argv(tiny_model, squad_files):
-    def words(*flags, out, model=tiny_model, train=True):
-        argv = ["--model_name_or_path", str(model), "--train_file", squad_files[0], "--doc_stride", "16"]
-        argv += ["--validation_file", squad_files[1], "--output_dir", str(out), "--do_eval", "--max_seq_length", "96"]
-        argv += ["--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "4", "--save_strategy", "steps"]
-        argv += ["--learning_rate", "3e-3", "--disable_tqdm", "True", "--use_cpu", "True"]
-        return argv + (["--do_train", "--max_steps", "2"] if train else []) + list(flags)
-
-    return words
-
-
-@pytest.fixture
-def run(argv, monkeypatch, tmp_path):
+def run(qa_words, monkeypatch, tmp_path):
     """run(*flags) calls main() with the tiny model and data; later flags win; returns the run's record."""
 
     def call(*flags, out="out", **options):
-        monkeypatch.setattr(sys, "argv", ["run_qa.py", *argv(*flags, out=tmp_path / out, **options)])
+        monkeypatch.setattr(sys, "argv", ["run_qa.py", *qa_words(*flags, out=tmp_path / out, **options)])
         run_qa.main()
         return json.loads((tmp_path / out / "record.json").read_text())
 
@@ -559,17 +546,17 @@ def test_other_settings_do_not_continue_a_run(run):
 
 
 @pytest.mark.slow
-def test_killed_run_resumes_to_the_same_weights(argv, tmp_path):
+def test_killed_run_resumes_to_the_same_weights(qa_words, tmp_path):
     flags = ("--max_steps", "40", "--save_steps", "4", "--teacher", "--save_total_limit", "2")
     command = [sys.executable, str(ROOT / "switch_precision" / "run_qa.py")]
-    subprocess.run([*command, *argv(*flags, out=tmp_path / "whole")], check=True)
-    killed = subprocess.Popen([*command, *argv(*flags, out=tmp_path / "killed")])
+    subprocess.run([*command, *qa_words(*flags, out=tmp_path / "whole")], check=True)
+    killed = subprocess.Popen([*command, *qa_words(*flags, out=tmp_path / "killed")])
     deadline = time.time() + 120
     while not (tmp_path / "killed" / "checkpoint-8").exists() and time.time() < deadline:
         time.sleep(0.005)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL, "it was to be killed before its end"
-    subprocess.run([*command, *argv(*flags, out=tmp_path / "killed")], check=True)
+    subprocess.run([*command, *qa_words(*flags, out=tmp_path / "killed")], check=True)
     assert_equal_weights(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -592,9 +579,9 @@ def torchrun(*flags, processes):
         (7, 2, 1, 2, ("--gradient_checkpointing", "--objective", "random")),  # one adapter a step
     ],
 )
-def test_two_processes_equal_one_with_the_batch_of_both(samples, batch, accumulated, steps, extra, argv, tmp_path):
+def test_two_processes_equal_one_with_the_batch_of_both(samples, batch, accumulated, steps, extra, qa_words, tmp_path):
     """Contexts of different lengths, dynamic padding, ragged last batch: the gradients are the same."""
-    train = json.loads(pathlib.Path(argv(out="x")[3]).read_text())
+    train = json.loads(pathlib.Path(qa_words(out="x")[3]).read_text())
     for number, paragraph in enumerate(train["data"][0]["paragraphs"]):
         paragraph["context"] += " So it is." * (number % 4)
     (tmp_path / "train.json").write_text(json.dumps(train))
@@ -604,7 +591,7 @@ def test_two_processes_equal_one_with_the_batch_of_both(samples, batch, accumula
     flags += ("--optim", "sgd", "--learning_rate", "0.1", "--lr_scheduler_type", "constant")
     for processes in (1, 2):
         size = ("--per_device_train_batch_size", str(batch * 2 // processes))
-        torchrun(*argv(*flags, *size, out=tmp_path / f"{processes}"), processes=processes)
+        torchrun(*qa_words(*flags, *size, out=tmp_path / f"{processes}"), processes=processes)
     one, two = history(tmp_path / "1"), history(tmp_path / "2")
     for expected, found in zip(one[:steps], two[:steps], strict=True):
         for key in expected:
@@ -695,8 +682,3 @@ def test_train_script_runs_from_anywhere_and_passes_flags_on(python_stub, tmp_pa
     assert model_args.bit_widths == [4, 6] and data_args.train_file == "my train.json" and not training_args.bf16
     published = (training_args.max_steps, training_args.learning_rate, training_args.per_device_train_batch_size)
     assert published == (1000, 3e-3, 16) and (training_args.eval_steps, training_args.save_steps) == (256, 256)
-
-
-def test_every_flag_has_a_help_text():
-    for group in (run_qa.BankArguments, run_qa.ObjectiveArguments):
-        assert all(field.metadata.get("help") for field in dataclasses.fields(group))
