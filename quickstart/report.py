@@ -70,9 +70,9 @@ def paired_difference(first, second):
     found = [a - b for a, b in zip(first, second, strict=True)]
     mean = statistics.mean(found)
     if len(found) < 2:
-        return f"{mean:+.1f}"
+        return f"{mean:+z.1f}"
     half = student_t.ppf(0.975, len(found) - 1) * statistics.stdev(found) / len(found) ** 0.5
-    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+    return f"{mean:+z.1f} [{mean - half:+z.1f}, {mean + half:+z.1f}]"
 
 
 def compare_table(record):

@@ -24,9 +24,12 @@ export PATH="$venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 cd "$root"  # records show commands and paths relative to here
 
 # Results of other code are not this code's results.
-code="$(find quickstart/*.py quickstart/*.json quickstart/run.sh base_model switch_precision cpt adv_attack -path "*/results" -prune -o \
-    -type f \( -name "*.py" -o -name "*.sh" -o -name "*.c" -o -name "*.json" \) -print0 | LC_ALL=C sort -z | xargs -0 cat |
-    sha256sum | cut -d ' ' -f 1)-$seed"
+sources() {
+    cat quickstart/*.py quickstart/run.sh quickstart/*.json
+    find base_model switch_precision cpt adv_attack -name results -prune -o -name "*.py" -print0 -o -name "*.sh" -print0 \
+        -o -name "*.c" -print0 | LC_ALL=C sort -z | xargs -0 cat
+}
+code="$(sources | sha256sum | cut -d ' ' -f 1)-$seed"
 if [[ "$(cat "$work/code" 2>/dev/null || true)" != "$code" ]]; then
     rm -rf -- "$work/runs" "$work/records"
     echo "$code" >"$work/code"
