@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 import run_qa
-from common import record, resuming, trainer
+from common import record, resuming
+from common import trainer as common_trainer
 from conftest import ROOT, experiment, tiny_squad
 
 with experiment("adv_attack"):
@@ -120,7 +121,7 @@ def test_other_data_or_weights_under_the_same_name_are_refused(finished, run, tm
     shutil.copytree(tiny_model, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-3}))
-    with pytest.raises(ValueError, match=r"other settings \(model: '\w+' then, '\w+' now\)"):
+    with pytest.raises(ValueError, match=r"other settings \(model"):
         run("--model_name_or_path", tmp_path / "model")
 
 
@@ -332,8 +333,8 @@ def test_old_checkpoints_go_only_when_the_new_one_is_whole(run, tmp_path, monkey
 
     run("--save_total_limit", "1", out="whole")
     assert [path.name for path in (tmp_path / "whole").glob("checkpoint-*")] == ["checkpoint-4"]
-    seal = trainer.seal
-    monkeypatch.setattr(trainer, "seal", lambda path: fail() if path.endswith("-4") else seal(path))
+    seal = resuming.seal
+    monkeypatch.setattr(common_trainer, "seal", lambda path: fail() if path.endswith("-4") else seal(path))
     with pytest.raises(OSError):
         run("--save_total_limit", "1")
     assert resuming.resume_fault(tmp_path / "out" / "checkpoint-2", 1) is None
