@@ -140,7 +140,7 @@ class Keyword(nn.Module):
         return torch.stack([torch.full(hidden.shape[:1], 3.0), 12 * hidden[:, self.key]], -1)
 
     @contextlib.contextmanager
-    def bit_config(self, config):
+    def at_bits(self, config):
         yield
 
 
