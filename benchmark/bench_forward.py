@@ -8,9 +8,7 @@ The variants run in turn, round by round, so that a machine that changes speed c
 median seconds and the median of the round-wise speed relative to the first variant. LoRA r 8 on all 48 linears.
 """
 
-import argparse
 import os
-import statistics
 import sys
 import time
 
@@ -19,12 +17,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import GPT2Config, GPT2ForQuestionAnswering
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "base_model"))
-from common.record import run_record, write_json_atomic  # noqa: E402
 from models.fast import integer, kernels  # noqa: E402
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering  # noqa: E402
-
-REFERENCE = "float32 transformers, eager"
-
+from timing import make_parser, print_table, timed_rounds, write_record  # noqa: E402
 
 PARTS = {  # (module, function) of ours: what it does
     (kernels, "quantize_rows"): "quantize tokens, LoRA A",
@@ -63,16 +58,9 @@ def shares(call):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds after one warm-up round")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads")
-    parser.add_argument("--batch_size", type=int, default=8, help="sequences a forward")
-    parser.add_argument("--length", type=int, default=384, help="tokens a sequence")
-    parser.add_argument("--layers", type=int, default=12, help="blocks (12 is GPT-2 124M)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser = make_parser(__doc__, batch_size=8, each="forward")
     parser.add_argument("--torch_compile", action="store_true", help="also the compiled variants")
     parser.add_argument("--profile", action="store_true", help="also the share of every operator")
-    parser.add_argument("--output", help="also write the figures to this JSON file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -85,7 +73,7 @@ def main():
     bank.add_lora([4, 8])
     # name: (model, bits, execution)
     variants = {
-        REFERENCE: (stock, None, None),
+        "float32 transformers, eager": (stock, None, None),
         "bf16 transformers, eager": (bf16, None, None),
         "fake W8A8KV8 + LoRA": (bank, 8, "fake"),
         "integer W8A8KV8 + LoRA": (bank, 8, "integer"),
@@ -98,35 +86,24 @@ def main():
         variants["integer W8A8KV8 + LoRA, torch.compile"] = (torch.compile(bank), 8, "integer")
     ids = torch.randint(0, config.vocab_size, (args.batch_size, args.length), device=args.device)
 
-    def forward(model, bits, execution):
+    def prepare(model, bits, execution):
         if bits is not None:
             model.set_bit_config(bits)
             model.set_execution(execution)
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        with torch.no_grad():
-            model(input_ids=ids)
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
 
-    seconds = {name: [] for name in variants}
-    for _ in range(args.rounds + 1):
-        for name, variant in variants.items():
-            seconds[name].append(forward(*variant))
-    rows = {}
-    print(f"{'variant':<42}{'seconds':>9}{'speed':>8}   (min - max)")
-    for name, taken in seconds.items():
-        speeds = [a / b for a, b in zip(seconds[REFERENCE][1:], taken[1:], strict=True)]
-        rows[name] = {"seconds": statistics.median(taken[1:]), "speed": statistics.median(speeds), "speeds": speeds}
-        spread = f"({min(speeds):.2f} - {max(speeds):.2f})"
-        print(f"{name:<42}{rows[name]['seconds']:>9.3f}{rows[name]['speed']:>8.2f}   {spread}")
+    @torch.no_grad()
+    def forward(model, *_):
+        model(input_ids=ids)
 
-    parts = shares(lambda: forward(*variants["integer W8A8KV8 + LoRA"])) if args.profile else {}
+    rows = print_table(timed_rounds(variants, prepare, forward, args), "speed", width=42)
+
+    def profiled():
+        prepare(*variants["integer W8A8KV8 + LoRA"])
+        forward(bank)
+
+    parts = shares(profiled) if args.profile else {}
     for name, percent in parts.items():
         print(f"{name:<60}{percent:>6.1f} %")
-
     without_lora = rows["integer W8A8KV8"]["seconds"] / rows["integer W8A8KV8 + LoRA"]["seconds"]
     print(f"LoRA's share of the integer forward: {100 * (1 - without_lora):.1f} %")
 
@@ -138,22 +115,8 @@ def main():
         memory[" and ".join(map(str, widths))] = model.quantized_bytes() / floats
     for widths, share in memory.items():
         print(f"weights of the linears at {widths} bits: {share:.4f} of float32")
-    if args.output:
-        record = run_record(
-            model=f"GPT-2, {args.layers} blocks, random weights",
-            bit_config=None,
-            metrics={
-                "variants": rows,
-                "percent": parts,
-                "lora_percent": 100 * (1 - without_lora),
-                "weight_memory": memory,
-            },
-            data={},
-            seed=0,
-            wall_seconds=time.time() - started,
-            arguments=vars(args) | {"output": None},
-        )
-        write_json_atomic(args.output, record)
+    lora = {"lora_percent": 100 * (1 - without_lora), "weight_memory": memory}
+    write_record(args, started, {"variants": rows, "percent": parts, **lora})
 
 
 if __name__ == "__main__":

@@ -8,10 +8,8 @@ median seconds and the median of the round-wise ratio to the first variant. LoRA
 frozen, dropout as GPT-2 ships it (0.1) unless --dropout says otherwise, SDPA attention, AdamW.
 """
 
-import argparse
 import math
 import os
-import statistics
 import sys
 import time
 
@@ -23,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "switch_precision"))
 from adaptive_lora_trainer import qa_distillation_kl  # noqa: E402
-from common.record import run_record, write_json_atomic  # noqa: E402
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering  # noqa: E402
+from timing import make_parser, print_table, timed_rounds, write_record  # noqa: E402
 from trainer_qa import qa_cross_entropy  # noqa: E402
 
 
@@ -58,16 +56,9 @@ def quantized_with_lora(config, *bits):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds after one warm-up round")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads")
-    parser.add_argument("--batch_size", type=int, default=4, help="sequences a step")
-    parser.add_argument("--length", type=int, default=384, help="tokens a sequence")
-    parser.add_argument("--layers", type=int, default=12, help="blocks (12 is GPT-2 124M)")
+    parser = make_parser(__doc__, batch_size=4, each="step")
     parser.add_argument("--dropout", type=float, default=0.1, help="all three dropout probabilities of GPT-2")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--joint", action="store_true", help="compare a joint step (widths 8, 4) with one width")
-    parser.add_argument("--output", help="also write the figures to this JSON file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -113,12 +104,11 @@ def main():
             output = model(input_ids=ids)
         return torch.stack([output.start_logits, output.end_logits])
 
-    def step(model, widths, bf16, execution):
+    def prepare(model, widths, bf16, execution):
         if execution:
             model.set_execution(*execution)
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
+
+    def step(model, widths, bf16, execution):
         teachers = []
         for bits in widths:
             logits = forward(model, bits, bf16)
@@ -128,33 +118,9 @@ def main():
             teachers.append(logits.detach())
         optimizers[model].step()
         optimizers[model].zero_grad()
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
 
-    seconds = {name: [] for name in variants}
-    for _ in range(args.rounds + 1):
-        for name, variant in variants.items():
-            seconds[name].append(step(*variant))
-    reference = next(iter(seconds.values()))[1:]
-    rows = {}
-    print(f"{'variant':<40}{'seconds':>9}{'ratio':>8}   (min - max)")
-    for name, taken in seconds.items():
-        ratios = [a / b for a, b in zip(taken[1:], reference, strict=True)]
-        rows[name] = {"seconds": statistics.median(taken[1:]), "ratio": statistics.median(ratios), "ratios": ratios}
-        spread = f"({min(ratios):.2f} - {max(ratios):.2f})"
-        print(f"{name:<40}{rows[name]['seconds']:>9.3f}{rows[name]['ratio']:>8.3f}   {spread}")
-    if args.output:
-        record = run_record(
-            model=f"GPT-2, {args.layers} blocks, random weights",
-            bit_config=None,
-            metrics={"variants": rows},
-            data={},
-            seed=0,
-            wall_seconds=time.time() - started,
-            arguments=vars(args) | {"output": None},
-        )
-        write_json_atomic(args.output, record)
+    rows = print_table(timed_rounds(variants, prepare, step, args), "ratio", width=40)
+    write_record(args, started, {"variants": rows})
 
 
 if __name__ == "__main__":

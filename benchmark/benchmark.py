@@ -39,6 +39,7 @@ from common.statistics import markdown_table  # noqa: E402
 from models.bit_config import describe_bit_config  # noqa: E402
 from models.errors import UserError  # noqa: E402
 from models.user_input import read_json  # noqa: E402
+from timing import synchronize  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -113,12 +114,6 @@ def read_eval_record(path):
         raise UserError(f"--eval_record {path}: not a record.json of run_qa_eval.py ({error!r})") from None
 
 
-def check_shapes(shapes, positions):
-    for shape in shapes:
-        if int(shape.split("x")[1]) > positions:
-            raise UserError(f"--shapes {shape}: the model has {positions} positions")
-
-
 def measure_times(entries, ids, rounds, runs, training):
     """Seconds of every entry, one per round, interleaved.
 
@@ -127,21 +122,18 @@ def measure_times(entries, ids, rounds, runs, training):
     Returns:
         {key: [seconds]}.
     """
-    cuda = ids.device.type == "cuda"
-    seconds, keys = {key: [] for key in entries}, list(entries)
+    device, seconds, keys = ids.device.type, {key: [] for key in entries}, list(entries)
     with torch.set_grad_enabled(training):
         for number in range(rounds + 1):
             turn = number % len(keys)
             for key in keys[turn:] + keys[:turn]:
                 entries[key].prepare()
-                if cuda:
-                    torch.cuda.synchronize()
+                synchronize(device)
                 time.sleep(PAUSE)
                 start = time.perf_counter()
                 for _ in range(runs):
                     entries[key].run(ids)
-                if cuda:
-                    torch.cuda.synchronize()
+                synchronize(device)
                 if number:
                     seconds[key].append((time.perf_counter() - start) / runs)
     return seconds
@@ -152,11 +144,9 @@ def time_row(taken, reference, batch, training):
     many times faster), or for training ours over its (how much of a step)."""
     ratios = [t / r if training else r / t for t, r in zip(taken, reference, strict=True)]
     median = statistics.median(taken)
-    return {
-        **{"seconds": median, "seconds_min": min(taken), "seconds_max": max(taken), "per_second": batch / median},
-        **{"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)},
-        **{"rounds_seconds": taken, "rounds_ratio": ratios},
-    }
+    row = {"seconds": median, "seconds_min": min(taken), "seconds_max": max(taken), "per_second": batch / median}
+    row |= {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
+    return row | {"rounds_seconds": taken, "rounds_ratio": ratios}
 
 
 def memory_of(name, config, args):
@@ -182,16 +172,10 @@ def table_lines(rows, args, caption):
         for row in (row for row in rows if row["shape"] == shape):
             low, middle, high = (f"{1000 * row[key]:.1f}" for key in ("seconds_min", "seconds", "seconds_max"))
             sizes = [row.get(key) for key in ("peak_bytes", "linear_bytes", "stored_bytes")]
-            cells.append(
-                [
-                    row["label"],
-                    row["config"] or "",
-                    f"{middle} ({low} - {high})",
-                    f"{row['per_second']:.2f}",
-                    f"{row['ratio']:.2f} ({row['ratio_min']:.2f} - {row['ratio_max']:.2f})",
-                    *("" if size is None else f"{size / 2**20:.1f}" for size in sizes),
-                ]
-            )
+            ratio = f"{row['ratio']:.2f} ({row['ratio_min']:.2f} - {row['ratio_max']:.2f})"
+            times = [f"{middle} ({low} - {high})", f"{row['per_second']:.2f}", ratio]
+            sizes = ["" if size is None else f"{size / 2**20:.1f}" for size in sizes]
+            cells.append([row["label"], row["config"] or "", *times, *sizes])
         lines += [f"batch {shape.replace('x', ' x ')} tokens", "", *markdown_table(header, cells), ""]
     return [*lines, *caption]
 
@@ -211,10 +195,9 @@ def draw_accuracy_latency(points, shape, path):
     """Exact match against milliseconds, a point per config and way of running it. path: of the PNG."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for series in dict.fromkeys(point[0] for point in points):
-        members = sorted(point[1:] for point in points if point[0] == series)
-        milliseconds, scores = [member[1] for member in members], [member[2] for member in members]
+        names, milliseconds, scores = zip(*sorted(point[1:] for point in points if point[0] == series))
         axes.plot(milliseconds, scores, "o", label=series)
-        for config, x, y in members:
+        for config, x, y in zip(names, milliseconds, scores):
             axes.annotate(config, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
     axes.set_xlabel(f"milliseconds, batch {shape.replace('x', ' x ')} tokens")
     axes.set_ylabel("exact match (%)")
@@ -260,7 +243,9 @@ def main():
     os.makedirs(args.output_dir, exist_ok=True)
     torch.set_num_threads(args.threads)
     model, configs = peers.load(args)
-    check_shapes(args.shapes, model.config.n_positions)
+    for shape in args.shapes:
+        if int(shape.split("x")[1]) > model.config.n_positions:
+            raise UserError(f"--shapes {shape}: the model has {model.config.n_positions} positions")
     if evaluated and not any(resolved in configs.values() for resolved, _ in evaluated):
         raise UserError(f"--eval_record {args.eval_record}: none of its configs is one of {', '.join(configs)}")
 
@@ -268,9 +253,7 @@ def main():
     for name, why in left_out.items():
         print(f"left out: {name}, {why}", flush=True)
     names = [name for name in args.peers if name not in left_out]
-    keys = [
-        (name, config) for name in names for config in (configs if peers.runs_configs(name, args.training) else [None])
-    ]
+    keys = [(n, config) for n in names for config in (configs if peers.runs_configs(n, args.training) else [None])]
     with tempfile.TemporaryDirectory() as folder:
         settings = argparse.Namespace(**vars(args), onnx_file=os.path.join(folder, "int8.onnx"))
         if "onnxruntime" in names:
@@ -305,14 +288,10 @@ def main():
     if evaluated:
         points = accuracy_points(evaluated, rows, configs, args.shapes[0])
         draw_accuracy_latency(points, args.shapes[0], os.path.join(args.output_dir, "accuracy_latency.png"))
-    shapes = model.layer_shapes()
+    shapes, random = model.layer_shapes(), f"GPT-2, random weights, {args.config_overrides or '124M'}"
     record = run_record(
-        model=f"GPT-2, random weights, {args.config_overrides or '124M'}"
-        if args.random_weights
-        else relative_path(args.model_name_or_path),
-        bit_config={
-            name: {**describe_bit_config(config, shapes), "layers": config} for name, config in configs.items()
-        },
+        model=random if args.random_weights else relative_path(args.model_name_or_path),
+        bit_config={key: {**describe_bit_config(config, shapes), "layers": config} for key, config in configs.items()},
         metrics={" ".join(filter(None, (row["peer"], row["config"], row["shape"]))): row["ratio"] for row in rows},
         data={},
         seed=args.seed,

@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import re
 import sys
 import warnings
@@ -11,9 +12,10 @@ import warnings
 import torch
 from transformers.utils import logging as transformers_logging
 
-from common.record import write_json_atomic  # noqa: E402 - on the path that peers.py sets
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "base_model"))
+from common.record import write_json_atomic  # noqa: E402
 from models.quantization import FLOAT_BITS  # noqa: E402
-from peers import COMPILED, OURS, build, load, why_missing
+from peers import COMPILED, OURS, build, load, why_missing  # noqa: E402
 
 
 def keep_only(model, resolved, execution):

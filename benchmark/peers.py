@@ -4,7 +4,6 @@ Ours ("fake", "integer") run the checkpoint at a bit config with the adapters of
 others carry the same base and head without adapters, which is in their favour: "fp32" and "bf16" are transformers'
 GPT-2 as shipped; torchao and onnxruntime quantize that model (without its KV cache, which nothing reads);
 bitsandbytes' layers sit in this repository's GPT-2, which is faster than the stock one outside the linears.
-
 """
 
 import importlib
@@ -30,8 +29,7 @@ from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering  # noqa: E4
 from models.quantization import dequantize  # noqa: E402
 
 REFERENCE = "fp32"
-# {name: (label, packages)}
-OTHERS = {
+OTHERS = {  # {name: (label, packages)}
     "fp32": ("transformers float32", ()),
     "bf16": ("transformers bfloat16", ()),
     "bnb_int8": ("bitsandbytes int8", ("bitsandbytes",)),
@@ -40,15 +38,13 @@ OTHERS = {
     "torchao_compiled": ("torchao int8 dynamic, torch.compile", ("torchao",)),
     "onnxruntime": ("onnxruntime int8 dynamic", ("onnxruntime", "onnx", "onnxscript")),
 }
-# {name: (label, options of set_execution)}
-OURS = {
+OURS = {  # {name: (label, options of set_execution)}
     "fake": ("ours, fake quantization", {"execution": "fake"}),
     "integer": ("ours, integer", {"execution": "integer"}),
 }
 TRAINING = {  # one step of adapters and head
     "fp32": ("float32 + LoRA, nothing quantized", {"execution": "fake"}),
-    "fake": ("ours, fake quantization", {"execution": "fake"}),
-    "integer": ("ours, integer", {"execution": "integer"}),
+    **OURS,
     "integer_bf16": ("ours, integer, bf16 backward", {"execution": "integer", "backward_dtype": "bf16"}),
 }
 COMPILED = ("torchao_compiled",)  # by torch.compile
@@ -200,9 +196,8 @@ def _ours(model, resolved, options):
         model.set_execution(**options)
 
     def stored_bytes():
-        return (
-            exported_size(model, [resolved]) if options["execution"] == "integer" else stored_size(model.state_dict())
-        )
+        integer = options["execution"] == "integer"
+        return exported_size(model, [resolved]) if integer else stored_size(model.state_dict())
 
     return Peer(lambda ids: model(input_ids=ids), model.quantized_bytes, stored_bytes, prepare)
 
@@ -260,19 +255,11 @@ def export_onnx(model, path):
     shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=model.config.n_positions)}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     ids = torch.zeros((2, 16), dtype=torch.long)  # neither is 1: sizes of 1 are taken as fixed
-    torch.onnx.export(
-        Logits().eval(),
-        (ids,),
-        f"{path}.fp32",
-        dynamo=True,
-        dynamic_shapes=(shape,),
-        external_data=False,
-        verbose=False,
-    )
-    quantize_dynamic(
-        f"{path}.fp32", path, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul", "Gemm"]
-    )
-    os.remove(f"{path}.fp32")
+    floats, options = f"{path}.fp32", {"dynamo": True, "external_data": False, "verbose": False}
+    torch.onnx.export(Logits().eval(), (ids,), floats, dynamic_shapes=(shape,), **options)
+    options = {"per_channel": True, "op_types_to_quantize": ["MatMul", "Gemm"]}
+    quantize_dynamic(floats, path, weight_type=QuantType.QInt8, **options)
+    os.remove(floats)
 
 
 def _onnxruntime(path, threads):
@@ -296,9 +283,8 @@ def plain_tensors(tensors):
     found = {}
     for name, tensor in tensors.items():
         if hasattr(tensor, "__tensor_flatten__"):
-            found |= plain_tensors(
-                {f"{name}.{part}": getattr(tensor, part) for part in tensor.__tensor_flatten__()[0]}
-            )
+            parts = tensor.__tensor_flatten__()[0]
+            found |= plain_tensors({f"{name}.{part}": getattr(tensor, part) for part in parts})
         elif isinstance(tensor, torch.Tensor):
             found[name] = tensor
     return found

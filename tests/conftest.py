@@ -34,7 +34,7 @@ def experiment(folder):
     Every folder has a run_qa.py, and base_model is on pytest's path. The body gets modules of its own, which keep
     working afterwards; what sys.modules held under these names before comes back.
     """
-    names = {path.stem for path in (ROOT / folder).iterdir()}
+    names = {path.stem for path in (ROOT / folder).iterdir()} | {"common", "models"}
 
     def take():
         return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in names}

@@ -23,7 +23,7 @@ SCRIPTS = sorted(
     for path in ROOT.glob("*/*.py")
     if "__main__" in (text := path.read_text(encoding="utf-8"))
     and "parse" in text
-    and path.name != "peers.py"
+    and path.name not in ("peers.py", "memory.py")
     and not path.name.startswith("test_")
 )
 
