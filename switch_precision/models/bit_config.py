@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from .errors import UserError
 from .fast.integer import PACKED_BITS
 from .quantization import FLOAT_BITS, QUANTIZED_BITS
-from .user_input import read_json, show
+from .user_input import read_json, refuse, show
 
 ALLOWED_BITS = QUANTIZED_BITS + FLOAT_BITS
 FIELDS = ("w_bits", "a_bits", "kv_bits")
@@ -142,9 +142,7 @@ def resolve_bit_config(config, layers):
                 others = f" and {len(bare) - 1} more" if len(bare) > 1 else ""
                 cure = 'name the layer or give a "default"'
                 faults.append(f"{show(bare[0])}{others}: nothing sets {field}; {cure}")
-    if faults:
-        more = [f"... and {len(faults) - MAX_FAULTS_SHOWN} more"] if len(faults) > MAX_FAULTS_SHOWN else []
-        raise UserError("\n".join(f"{source}: {fault}" for fault in faults[:MAX_FAULTS_SHOWN] + more))
+    refuse(source, faults, MAX_FAULTS_SHOWN)
     return {layer: {f: bits[f] for f in FIELDS if f in bits} for layer, bits in resolved.items()}
 
 
