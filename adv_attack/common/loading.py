@@ -43,28 +43,24 @@ def open_model(model_class, model_args, tokenizer, training=False, **overrides):
     options = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
     if model_args.attn_implementation:
         options["attn_implementation"] = model_args.attn_implementation
-    model = model_class.from_pretrained(
-        model_args.model_name_or_path,
-        base_model_name_or_path=model_args.base_model_name_or_path,
-        **options,
-        **overrides,
-    )
+    name, base = model_args.model_name_or_path, model_args.base_model_name_or_path
+    model = model_class.from_pretrained(name, base_model_name_or_path=base, **options, **overrides)
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the embedding of {model_args.model_name_or_path} "
-            f"{model.config.vocab_size}: they do not belong together (--tokenizer_name)"
+            f"the tokenizer has {len(tokenizer)} tokens, the embedding of {name} {model.config.vocab_size}: they do "
+            "not belong together (--tokenizer_name)"
         )
     for key in ("lora_r", "lora_alpha") if model.config.lora_bank else ():
         asked, found = getattr(model_args, key, None), getattr(model.config, key)
         if asked not in (None, found):
             raise UserError(
-                f"--{key} {asked}, but the adapters of {model_args.model_name_or_path} have {key} {found}: leave the "
-                "flag out, or start from a model without adapters"
+                f"--{key} {asked}, but the adapters of {name} have {key} {found}: leave the flag out, or start from a "
+                "model without adapters"
             )
     if training and model.config.exported_widths:
         raise UserError(
-            f"{model_args.model_name_or_path} is an exported checkpoint without float weights: it can be evaluated; "
-            "train the checkpoint that it was made from"
+            f"{name} is an exported checkpoint without float weights: it can be evaluated; train the checkpoint that "
+            "it was made from"
         )
     if not training:  # only of frozen weights codes are kept from one forward to the next
         for layer in model.quant_layers().values():
@@ -82,8 +78,8 @@ def load_model(model_class, model_args, tokenizer):
 
 def describe_model(model):
     """{"name", "layers" (resolved config), average bits, sizes, trainable parameters}; logged and recorded."""
-    shapes, resolved = model.layer_shapes(), model.config.bit_config
-    description = {"name": short_name(resolved), **describe_bit_config(resolved, shapes)}
+    resolved = model.config.bit_config
+    description = {"name": short_name(resolved), **describe_bit_config(resolved, model.layer_shapes())}
     trainable, total = model.num_parameters(only_trainable=True), model.num_parameters()
     logger.info("bits: %s", json.dumps(description))
     logger.info("LoRA bank: %s; trainable: %d of %d parameters", model.config.lora_bank, trainable, total)
@@ -91,9 +87,7 @@ def describe_model(model):
 
 
 def trained_configs(model):
-    """What the checkpoint serves, highest first: what the training or the export left in its config, else the widths
-    of its bank, else what it was saved with.
-    """
+    """What the checkpoint serves, highest first: of its training or export, else its bank, else as it was saved."""
     widths = sorted((int(key) for key in model.config.lora_bank or () if key != "shared"), reverse=True)
     return model.config.trained_bit_configs or [str(bits) for bits in widths] or ["checkpoint"]
 

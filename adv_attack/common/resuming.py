@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 SETTINGS_FILE, MANIFEST_FILE, LOCK_FILE = "run_settings.json", "checkpoint_manifest.json", ".lock"
 LEFT_OVER = re.compile(r"\.saving-.*|.*\.\d+\.tmp")  # temporary names of save_pretrained and of record.py
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+START_OVER = "pass --overwrite_output_dir to start over"
 # Everything that is not named here changes the weights that a training ends with, and is compared.
 FREE = set(
     "model_name_or_path base_model_name_or_path tokenizer_name train_file validation_file "  # compared by checksum
@@ -57,26 +58,21 @@ EVALUATION = set(
 def run_settings(*arguments):
     """{flag: value} of all that decides what a training ends with, in the form that JSON gives back.
 
-    Args:
-        arguments: the dataclasses of the command line, a TrainingArguments among them.
+    arguments: the dataclasses of the command line, a TrainingArguments among them.
     """
     values = {field.name: getattr(part, field.name) for part in arguments for field in dataclasses.fields(part)}
     training_args = next(part for part in arguments if isinstance(part, TrainingArguments))
-    left_out = set(FREE)
+    left_out = FREE | ({"num_train_epochs"} if training_args.max_steps > 0 else set())
     if not (training_args.load_best_model_at_end or training_args.lr_scheduler_type == "reduce_lr_on_plateau"):
         left_out |= EVALUATION
-    if training_args.max_steps > 0:
-        left_out |= {"num_train_epochs"}
     kept = {name: value for name, value in values.items() if name not in left_out}
     return json.loads(json.dumps({**kept, "world_size": training_args.world_size}, default=str))
 
 
 def input_checksums(model, tokenizer, sources, configs=None):
-    """What `OutputFolder.start` compares: the model, its bits, the tokenizer, the data.
+    """What `OutputFolder.start` compares: the model at the start, its bits, the tokenizer, the data.
 
-    Args:
-        model: at the start of the training; sources: {split: {"sha256", ...}} of the data; configs: the bit configs
-            that are trained, where the model's own are not all.
+    sources: {split: {"sha256", ...}}; configs: the bit configs that are trained, where the model's own are not all.
     """
     return {
         "model": model_checksum(model),
@@ -89,8 +85,7 @@ def input_checksums(model, tokenizer, sources, configs=None):
 def output_dir_lock(folder, shared=False):
     """Keep other runs out of `folder` until the returned file is closed or the process ends, however it ends.
 
-    Raises:
-        UserError: another process has it.
+    Raises UserError: another process has it.
     """
     os.makedirs(folder, exist_ok=True)
     file = open(os.path.join(folder, LOCK_FILE), "a+", encoding="utf-8")
@@ -158,6 +153,8 @@ class OutputFolder:
 
     def __init__(self, training_args, overwrite, settings):
         self.path, self.overwrite, self.settings = training_args.output_dir, overwrite, settings
+        self._settings_file = os.path.join(self.path, SETTINGS_FILE)
+        self._weights = os.path.join(self.path, "model.safetensors")
         self.trains, self.world_size = training_args.do_train, training_args.world_size
         asked = training_args.resume_from_checkpoint
         self.asked = None if str(asked) in ("None", "True", "true", "False", "false") else asked
@@ -181,12 +178,10 @@ class OutputFolder:
         if content and not self.overwrite:
             before = self._read_settings(content)
             self._refuse_changes(before, self.settings)
-        if self.asked:
-            if fault := resume_fault(self.asked, self.world_size, sealed=False):
-                raise UserError(f"--resume_from_checkpoint {self.asked}: {fault}")
+        if self.asked and (fault := resume_fault(self.asked, self.world_size, sealed=False)):
+            raise UserError(f"--resume_from_checkpoint {self.asked}: {fault}")
+        if self.asked or before is None:
             return self.asked, False, before
-        if before is None:
-            return None, False, None
         if self._is_finished(before):
             logger.info("%s: the training is finished; nothing is trained", self.path)
             return None, True, before
@@ -195,55 +190,46 @@ class OutputFolder:
         return checkpoint, False, before
 
     def _read_settings(self, content):
-        path = os.path.join(self.path, SETTINGS_FILE)
-        cure = "pass --overwrite_output_dir to start over, or another --output_dir"
+        cure = f"{START_OVER}, or another --output_dir"
         if SETTINGS_FILE not in content:
             raise UserError(f"--output_dir {self.path} is not empty and holds no training of this script: {cure}")
         try:
-            return load_state(path)
+            return load_state(self._settings_file)
         except UserError as error:
             raise UserError(f"{error}; this run cannot be told from another: {cure}") from None
 
     def _refuse_changes(self, before, now):
-        changed = differences({key: before.get(key) for key in now}, now)
-        if changed:
-            raise UserError(
-                f"--output_dir {self.path} holds a run with other settings ({'; '.join(changed)}): pass "
-                "--overwrite_output_dir to start over, or another --output_dir"
-            )
+        if changed := differences({key: before.get(key) for key in now}, now):
+            found = f"--output_dir {self.path} holds a run with other settings ({'; '.join(changed)})"
+            raise UserError(f"{found}: {START_OVER}, or another --output_dir")
 
     def _is_finished(self, before):
-        weights = os.path.join(self.path, "model.safetensors")
         if not before.get("finished"):
             return False
-        if os.path.isfile(weights) and file_checksum(weights) == before["finished"]:
-            return True
-        logger.warning("%s: missing or damaged, though the training is finished", weights)
-        return False
+        whole = os.path.isfile(self._weights) and file_checksum(self._weights) == before["finished"]
+        if not whole:
+            logger.warning("%s: missing or damaged, though the training is finished", self._weights)
+        return whole
 
     def _newest_checkpoint(self):
         """The newest checkpoint that is whole, None where a killed run finished none."""
         steps = sorted(int(match[1]) for match in map(CHECKPOINT.fullmatch, os.listdir(self.path)) if match)
         faults = []
         for path in (os.path.join(self.path, f"checkpoint-{step}") for step in reversed(steps)):
-            fault = resume_fault(path, self.world_size)
-            if fault is None:
+            if (fault := resume_fault(path, self.world_size)) is None:
                 return path
             logger.warning("%s is left out: %s", path, fault)
             if os.path.isfile(os.path.join(path, MANIFEST_FILE)):
                 faults.append(f"{path}: {fault}")
         if faults:
-            raise UserError(
-                f"no checkpoint to resume from ({'; '.join(faults)}): pass --overwrite_output_dir to start over, "
-                "which deletes them, or another --output_dir"
-            )
+            cure = f"{START_OVER}, which deletes them, or another --output_dir"
+            raise UserError(f"no checkpoint to resume from ({'; '.join(faults)}): {cure}")
         return None
 
     def start(self, **inputs):
         """Refuse other inputs than those of the run before; else the run begins, and the folder is its own.
 
-        Args:
-            inputs: checksums of what was loaded: `model`, `tokenizer`, `train`, `validation`.
+        inputs: of `input_checksums`.
         """
         on_rank_zero(lambda: self._start(inputs))
 
@@ -257,13 +243,12 @@ class OutputFolder:
             if CHECKPOINT.fullmatch(name):
                 shutil.rmtree(os.path.join(self.path, name))
         self.before = {**self.settings, **inputs}
-        write_state(os.path.join(self.path, SETTINGS_FILE), self.before)
+        write_state(self._settings_file, self.before)
 
     def finish(self):
         """The model that was saved in the folder is what the training ended with."""
-        weights = os.path.join(self.path, "model.safetensors")
-        self.before["finished"] = file_checksum(weights)
-        write_state(os.path.join(self.path, SETTINGS_FILE), self.before)
+        self.before["finished"] = file_checksum(self._weights)
+        write_state(self._settings_file, self.before)
 
 
 def seal(checkpoint):

@@ -1,13 +1,13 @@
 """What a checkpoint may contain: allowed values of every key of config.json, sizes, dtypes and codes of its tensors.
 
-The functions say what is wrong as a list of sentences, which `refuse` makes one UserError.
+The functions say what is wrong as a list of sentences, which `user_input.refuse` makes one UserError.
 """
 
 import json
-import os
 import re
 
 import torch
+from transformers import GPT2Config
 from transformers.activations import ACT2FN
 
 from .bit_config import ALLOWED_BITS, SHORT_FORM, resolve_bit_config
@@ -17,9 +17,7 @@ from .quantization import QUANTIZED_BITS
 from .user_input import show
 
 CHECKSUM = "weights_sha256"  # key of config.json: sha256 of the bytes of model.safetensors
-LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_FAULTS = 12
 
 
 def is_base(name):
@@ -27,16 +25,12 @@ def is_base(name):
     return name.startswith("transformer.") and ".lora_" not in name or name.startswith("lm_head.")
 
 
-def linear_names(n_layer):
-    """Names of the quantizable linears, in model order."""
-    return [f"transformer.h.{block}.{linear}" for block in range(n_layer) for linear in LINEARS]
-
-
-def refuse(path, faults):
-    """Raise one UserError with all faults of a file; nothing without faults."""
-    if faults:
-        more = [f"... and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
-        raise UserError("\n".join(f"{path}: {fault}" for fault in [*faults[:MAX_FAULTS], *more]))
+def linear_shapes(fields):
+    """{quantizable linear: (out, in)} of a config, in model order."""
+    width, inner = fields["n_embd"], fields.get("n_inner") or 4 * fields["n_embd"]
+    shapes = {"attn.c_attn": (3 * width, width), "attn.c_proj": (width, width)}
+    shapes |= {"mlp.c_fc": (inner, width), "mlp.c_proj": (width, inner)}
+    return {f"transformer.h.{block}.{name}": shapes[name] for block in range(fields["n_layer"]) for name in shapes}
 
 
 # ---- config.json
@@ -69,6 +63,9 @@ def list_of(rule):
 
 
 TOKEN, TEXT, FLAG = whole(0, 2**31 - 1), matching(r"(?s).{0,1000}", "a string"), one_of(True, False)
+WIDTH_KEYS = list_of(one_of(*map(str, ALLOWED_BITS)))
+NAME = matching(r"(?=.{1,4096}\Z)(/.*|\w[\w.-]*(/\w[\w.-]*)?)", "an absolute folder or a hub name")
+SHARD = matching(r"\w[\w.-]*\.safetensors", "a file of this folder")
 REQUIRED = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 # What a base and the adapters trained on it must agree in: all that changes the output of a forward pass.
 ARCHITECTURE = {
@@ -89,9 +86,7 @@ RULES = ARCHITECTURE | {
     "add_cross_attention": one_of(False),
     "tie_word_embeddings": one_of(True),
     "use_cache": FLAG,
-    "resid_pdrop": number(0, 1),
-    "embd_pdrop": number(0, 1),
-    "attn_pdrop": number(0, 1),
+    **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), number(0, 1)),
     "initializer_range": number(0, 100),
     "bos_token_id": or_null(TOKEN),
     "eos_token_id": (
@@ -105,39 +100,17 @@ RULES = ARCHITECTURE | {
 }
 OWN_RULES = RULES | {
     "lora_bank": (
-        lambda value: (
-            value is None
-            or value == ["shared"]
-            or (list_of(one_of(*map(str, ALLOWED_BITS)))[0](value) and len(set(value)) == len(value) > 0)
-        ),
+        lambda value: value in (None, ["shared"]) or (WIDTH_KEYS[0](value) and len(set(value)) == len(value) > 0),
         'different bit-widths as strings ("2" to "8", "16", "32"), or ["shared"], or null',
     ),
     "lora_r": whole(0, 100_000),
     "lora_alpha": whole(0, 1_000_000),
-    "base_model_name_or_path": or_null(
-        (
-            lambda value: (
-                isinstance(value, str)
-                and len(value) <= 4096
-                and value.isprintable()
-                and (os.path.isabs(value) or re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", value) is not None)
-            ),
-            "an absolute folder or a hub name",
-        )
-    ),
+    "base_model_name_or_path": or_null((lambda value: NAME[0](value) and value.isprintable(), NAME[1])),
     "base_model_revision": or_null(matching(r"[0-9a-f]{40}", "a commit, 40 hex digits")),
     "base_checksum": or_null(matching(r"[0-9a-f]{64}", "a sha256, 64 hex digits")),
     CHECKSUM: matching(r"[0-9a-f]{64}", "a sha256, 64 hex digits"),
     "trained_bit_configs": or_null(
-        list_of(
-            (
-                lambda value: (
-                    isinstance(value, str)
-                    and (value == "checkpoint" or re.fullmatch(r"[0-9]{1,2}|" + SHORT_FORM.pattern, value) is not None)
-                ),
-                '"8", "W4A8KV8" or "checkpoint"',
-            )
-        )
+        list_of(matching(r"checkpoint|[0-9]{1,2}|" + SHORT_FORM.pattern, '"8", "W4A8KV8" or "checkpoint"'))
     ),
     "bit_config": or_null((lambda value: isinstance(value, dict), "an object with the bits of every linear")),
     "exported_widths": or_null((lambda value: isinstance(value, dict), "an object with the widths of every linear")),
@@ -146,16 +119,13 @@ OWN_RULES = RULES | {
 
 def _label_faults(raw):
     """id2label numbers the classes "0", "1", ...; label2id is its inverse."""
-    labels = raw.get("id2label")
+    labels, inverse = raw.get("id2label"), raw.get("label2id")
     if labels is None:
         return []
     numbered = isinstance(labels, dict) and list(labels) == [str(index) for index in range(len(labels))]
     if not (numbered and labels and all(isinstance(label, str) for label in labels.values())):
         return [f'"id2label" = {show(labels)}: allowed is an object {{"0": name, "1": name, ...}}']
-    inverse = raw.get("label2id")
-    if inverse is not None and (
-        not isinstance(inverse, dict) or any(type(index) is not int for index in inverse.values())
-    ):
+    if inverse is not None and not (isinstance(inverse, dict) and all(type(i) is int for i in inverse.values())):
         return [f'"label2id" = {show(inverse)}: allowed is an object {{name: number}}']
     return []
 
@@ -163,15 +133,13 @@ def _label_faults(raw):
 def _bit_faults(raw, layers):
     """Of bit_config, trained_bit_configs and exported_widths, which name the linears of this model."""
     faults = []
-    if (bits := raw.get("bit_config")) is not None:
-        if set(bits) != set(layers):
-            different = show(sorted(set(bits) ^ set(layers))[0])
-            faults.append(f'"bit_config": {different}: allowed are the linears of "n_layer" = {raw["n_layer"]}')
-        else:
-            try:
-                resolve_bit_config(bits, layers)
-            except UserError as error:
-                faults += [f'"bit_config": {line.removeprefix("bit config: ")}' for line in str(error).splitlines()]
+    if (bits := raw.get("bit_config")) is not None and (different := sorted(set(bits) ^ set(layers))):
+        faults.append(f'"bit_config": {show(different[0])}: allowed are the linears of "n_layer" = {raw["n_layer"]}')
+    elif bits is not None:
+        try:
+            resolve_bit_config(bits, layers)
+        except UserError as error:
+            faults += [f'"bit_config": {line.removeprefix("bit config: ")}' for line in str(error).splitlines()]
     for text in raw.get("trained_bit_configs") or ():
         if text != "checkpoint":
             try:
@@ -212,18 +180,37 @@ def config_faults(raw, own):
     if raw.get("base_model_name_or_path") and not raw.get("base_checksum"):
         faults.append('"base_checksum" is missing: a base is opened only if it is the one of the training')
     if sound and not {"bit_config", "trained_bit_configs", "exported_widths"}.intersection(wrong):
-        faults += _bit_faults(raw, linear_names(raw["n_layer"]))
+        faults += _bit_faults(raw, linear_shapes(raw))
     return faults
+
+
+def config_fields(raw, own):
+    """The keys of a checked config.json that a QuantGPT2Config takes."""
+    fields = {key: raw[key] for key in (OWN_RULES if own else RULES) if key in raw and key != CHECKSUM}
+    fields |= {key: float(fields[key]) for key in ("layer_norm_epsilon", "initializer_range") if key in fields}
+    if raw.get("id2label"):
+        fields.pop("num_labels", None)
+        fields["id2label"] = {int(index): label for index, label in raw["id2label"].items()}
+        fields["label2id"] = {label: index for index, label in fields["id2label"].items()}
+    return fields
+
+
+def base_faults(fields, base_fields, name, cure):
+    """Where the architecture of a checkpoint differs from that of its base. name: of the base; cure: what helps."""
+    defaults = GPT2Config()
+    pairs = {key: [f.get(key, getattr(defaults, key)) for f in (fields, base_fields)] for key in ARCHITECTURE}
+    return [
+        f'"{key}" = {show(ours)}, but its base model {name} has {show(theirs)}; if it is another one, {cure}'
+        for key, (ours, theirs) in pairs.items()
+        if ours != theirs
+    ]
 
 
 # ---- tensors
 
 
-def size_faults(fields, shapes, own):
-    """Where the sizes in the config differ from the shapes of the tensors.
-
-    Args: fields: checked config; shapes: {name in our classes: shape}; own: linears are (out, in) or codes.
-    """
+def size_faults(fields, shapes):
+    """Where the sizes in the checked config differ from the shapes of the tensors, {name in our classes: shape}."""
     faults = []
 
     def compare(tensor, axis, key, value):
@@ -234,15 +221,15 @@ def size_faults(fields, shapes, own):
 
     width, mlp = fields["n_embd"], "transformer.h.0.mlp.c_fc"
     inner = "n_inner", fields.get("n_inner") or 4 * width
-    if not (own and fields.get("base_model_name_or_path")):
+    if not fields.get("base_model_name_or_path"):
         compare("transformer.wte.weight", 0, "vocab_size", fields["vocab_size"])
         compare("transformer.wte.weight", 1, "n_embd", width)
         compare("transformer.wpe.weight", 0, "n_positions", fields["n_positions"])
         compare(f"{mlp}.bias", 0, *inner)
     elif base := sorted(filter(is_base, shapes)):
         faults.append(f'"{base[0]}" belongs to the base, which an adapter checkpoint does not contain')
-    bank = own and fields.get("lora_bank") or ()
-    for key in bank if not (own and fields.get("exported_widths")) else ():
+    bank = fields.get("lora_bank") or ()
+    for key in bank if not fields.get("exported_widths") else ():
         compare(f"{mlp}.lora_A.{key}.weight", 1, "n_embd", width)
         compare(f"{mlp}.lora_B.{key}.weight", 0, *inner)
     adapters = {name: shape for name, shape in shapes.items() if ".lora_A." in name}
@@ -256,11 +243,17 @@ def size_faults(fields, shapes, own):
     return faults
 
 
-def tensor_faults(state):
-    """What is wrong with float tensors {name: tensor}, as a list of sentences."""
+def tensor_faults(fields, state):
+    """What is wrong with the tensors {name: tensor}, as a list of sentences: codes first, then floats."""
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
     faults = []
+    for linear, widths in (fields.get("exported_widths") or {}).items():
+        for bits in widths:
+            pair = [state.get(f"{linear}.{kind}.{bits}") for kind in ("codes", "scale")]
+            faults += _code_faults(linear, linear_shapes(fields)[linear], bits, *pair)
     for name, tensor in state.items():
+        if ".codes." in name or ".scale." in name:
+            continue
         if tensor.dtype not in FLOAT_DTYPES:
             faults.append(f'"{name}" is {str(tensor.dtype).removeprefix("torch.")}: allowed are {names}')
         elif tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
@@ -268,7 +261,7 @@ def tensor_faults(state):
     return faults
 
 
-def code_faults(name, shape, bits, codes, scale):
+def _code_faults(name, shape, bits, codes, scale):
     """What is wrong with the codes and scales of a linear at one width, as a list of sentences.
 
     `quantize` gives codes within -qmax..qmax and a positive scale; a scale of 0 stands for a row of zeros.
@@ -298,10 +291,3 @@ def code_faults(name, shape, bits, codes, scale):
     elif codes[scale.view(-1) == 0].any():
         faults.append(f'"{name}.scale.{bits}" has a scale of 0 for codes that are not')
     return faults
-
-
-def linear_shapes(fields):
-    """{linear: (out, in)} of a checked config."""
-    width, inner = fields["n_embd"], fields.get("n_inner") or 4 * fields["n_embd"]
-    shapes = dict(zip(LINEARS, ((3 * width, width), (width, width), (inner, width), (width, inner)), strict=True))
-    return {name: shapes[name.split(".", 3)[3]] for name in linear_names(fields["n_layer"])}

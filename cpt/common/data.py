@@ -25,25 +25,14 @@ def needed_splits(training_args):
 
 def load_data(data_args, splits, model_args):
     """({split: examples}, {split: source, number and checksum}) for the splits that the run needs."""
-    files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
-    limits = {
-        "train": data_args.max_train_samples,
-        "validation": data_args.max_eval_samples,
-        "test": data_args.max_predict_samples,
-    }
-    raw = load_qa_datasets(
-        data_args.dataset_name,
-        data_args.dataset_config_name,
-        **{f"{split}_file": path for split, path in files.items()},
-        cache_dir=model_args.cache_dir,
-        splits=splits,
-        token=model_args.token,
-    )
+    files = {flag: getattr(data_args, flag) for flag in ("train_file", "validation_file", "test_file")}
+    hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
+    raw = load_qa_datasets(data_args.dataset_name, data_args.dataset_config_name, **files, splits=splits, **hub)
+    limits = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
     examples, sources = {}, {}
     for split in splits:
-        limit = limits[split]
+        limit, path = getattr(data_args, limits[split]), files[f"{split}_file"]
         examples[split] = raw[split].select(range(min(limit, len(raw[split])))) if limit else raw[split]
-        path = files[split]
         sources[split] = {
             "source": relative_path(path) if path else data_args.dataset_name,
             "examples": len(examples[split]),
@@ -64,13 +53,10 @@ def build_features(examples, split, source, tokenizer, data_args, training_args,
         "doc_stride": data_args.doc_stride,
         "separator": data_args.question_separator.encode("latin-1", "backslashreplace").decode("unicode_escape"),
     }
-    cache_file = None
-    if source["sha256"]:
-        code = file_checksum(utils_qa.__file__)
-        parts = [split, source["sha256"], len(examples), sorted(settings.items()), code, tokenizer_checksum(tokenizer)]
-        name = Hasher.hash(parts)
-        cache_file = os.path.join(datasets.config.HF_DATASETS_CACHE, "qa_features", f"{name}.arrow")
-        os.makedirs(os.path.dirname(cache_file), exist_ok=True)
+    code = file_checksum(utils_qa.__file__)
+    parts = [split, source["sha256"], len(examples), sorted(settings.items()), code, tokenizer_checksum(tokenizer)]
+    folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "qa_features")
+    os.makedirs(folder, exist_ok=True)
     with training_args.main_process_first(desc=f"features of {split}"):
         features = examples.map(
             build,
@@ -78,7 +64,7 @@ def build_features(examples, split, source, tokenizer, data_args, training_args,
             remove_columns=examples.column_names,
             fn_kwargs={"tokenizer": tokenizer, **settings},
             num_proc=data_args.preprocessing_num_workers,
-            cache_file_name=cache_file,
+            cache_file_name=os.path.join(folder, f"{Hasher.hash(parts)}.arrow"),
             load_from_cache_file=not data_args.overwrite_cache,
             desc=f"features of {split}",
         )

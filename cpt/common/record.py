@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import distributed
@@ -40,14 +41,14 @@ def atomic_path(path: str | os.PathLike):
     for leftover in glob.glob(f"{glob.escape(path)}.*.tmp"):
         process = leftover[len(path) + 1 : -len(".tmp")]
         if process.isdecimal() and not _is_running(int(process)):
-            _remove(leftover)
+            Path(leftover).unlink(missing_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         yield temporary
         _sync(temporary)
         os.replace(temporary, path)
     finally:
-        _remove(temporary)
+        Path(temporary).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not every file system can sync a folder
         _sync(folder)
 
@@ -104,14 +105,11 @@ def differences(before: dict, now: dict, prefix: str = "") -> list[str]:
 
 
 def run_record(*, model, bit_config, metrics, data, seed, wall_seconds, **details):
-    """The record of a run.
+    """The record of a run, for `write_json_atomic`.
 
     Args:
         model: what was run, in words or as a path; bit_config: resolved config and its description.
-        metrics: {name: number}; data: {split: {"source", "examples", "sha256"}}.
-        details: anything else that the run wants to keep.
-    Returns:
-        a dict for `write_json_atomic`.
+        metrics: {name: number}; data: {split: {"source", "examples", "sha256"}}; details: what else is kept.
     """
     cuda = torch.cuda.is_available()
     return {
@@ -237,8 +235,3 @@ def _sync(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _remove(path):
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(path)

@@ -20,21 +20,9 @@ from transformers import AutoConfig, GPT2Config
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from .checkpoint_rules import (
-    ARCHITECTURE,
-    CHECKSUM,
-    OWN_RULES,
-    RULES,
-    code_faults,
-    config_faults,
-    linear_names,
-    linear_shapes,
-    refuse,
-    size_faults,
-    tensor_faults,
-)
+from . import checkpoint_rules as rules
 from .errors import UserError
-from .user_input import read_json, show
+from .user_input import read_json, refuse
 
 CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME = "config.json", "model.safetensors", "model.safetensors.index.json"
 WHERE = "say where it is with --base_model_name_or_path"
@@ -104,19 +92,8 @@ def read_config(name, hub):
     if (kind := raw.get("model_type")) not in ("gpt2", "quant_gpt2"):
         raise UserError(f"{path}: model_type is {kind!r:.60}, allowed are 'gpt2' and 'quant_gpt2'")
     own = kind == "quant_gpt2"
-    refuse(path, config_faults(raw, own))
+    refuse(path, rules.config_faults(raw, own))
     return path, raw, own, hub
-
-
-def config_fields(raw, own):
-    """The keys of a checked config.json that a QuantGPT2Config takes."""
-    fields = {key: raw[key] for key in (OWN_RULES if own else RULES) if key in raw and key != CHECKSUM}
-    fields |= {key: float(fields[key]) for key in ("layer_norm_epsilon", "initializer_range") if key in fields}
-    if raw.get("id2label"):
-        fields.pop("num_labels", None)
-        fields["id2label"] = {int(index): label for index, label in raw["id2label"].items()}
-        fields["label2id"] = {label: index for index, label in fields["id2label"].items()}
-    return fields
 
 
 # ---- weights
@@ -179,26 +156,19 @@ def open_checkpoint(name, hub):
             time.sleep(SECONDS_BETWEEN)
     _open_once(name, hub, compare=False)  # raises, if the weights themselves say what is wrong with them
     raise UserError(
-        f"{name}: {CONFIG_NAME} and {WEIGHTS_NAME} belong to different checkpoints ({CHECKSUM} is not the checksum of "
-        "the weights): one of them was changed, or is still being copied; use another checkpoint"
+        f"{name}: {CONFIG_NAME} and {WEIGHTS_NAME} belong to different checkpoints ({rules.CHECKSUM} is not the "
+        "checksum of the weights): one of them was changed, or is still being copied; use another checkpoint"
     )
 
 
 def _open_once(name, hub, compare=True):
     """As `open_checkpoint`. compare: the checksum of the weights with that in config.json. Raises _OtherWeights."""
     path, raw, own, hub = read_config(name, hub)
-    fields = config_fields(raw, own)
-    weights, state = _read_weights(name, hub, raw.get(CHECKSUM) if compare else None, path, fields, own)
-    faults = []
-    codes = dict.fromkeys(key for key in state if ".codes." in key or ".scale." in key)
-    for linear, widths in (fields.get("exported_widths") or {}).items():
-        for bits in widths:
-            pair = [f"{linear}.{kind}.{bits}" for kind in ("codes", "scale")]
-            faults += code_faults(linear, linear_shapes(fields)[linear], bits, *map(state.get, pair))
-    faults += tensor_faults({key: tensor for key, tensor in state.items() if key not in codes})
-    refuse(weights, faults)
+    fields = rules.config_fields(raw, own)
+    weights, state = _read_weights(name, hub, raw.get(rules.CHECKSUM) if compare else None, path, fields, own)
+    refuse(weights, rules.tensor_faults(fields, state))
     if not own:  # Conv1D has (in, out)
-        transposed = {f"{linear}.weight" for linear in linear_names(fields["n_layer"])}
+        transposed = {f"{linear}.weight" for linear in rules.linear_shapes(fields)}
         state = {key: t.t() if key in transposed and t.dim() == 2 else t for key, t in state.items()}
     return Checkpoint(name, path, fields, state, own, None if os.path.isdir(name) else hub.get("revision"))
 
@@ -215,7 +185,7 @@ def _read_weights(name, hub, checksum, config_path, fields, own):
         return entries if own else {new: entry for old, entry in entries.items() if (new := _stock_name(old))}
 
     def check(shapes):
-        refuse(config_path, size_faults(fields, rename(shapes), own))
+        refuse(config_path, rules.size_faults(fields, rename(shapes)))
 
     weights = find(WEIGHTS_NAME)
     index = None if own or weights else find(INDEX_NAME)
@@ -223,16 +193,12 @@ def _read_weights(name, hub, checksum, config_path, fields, own):
         weights = weights or os.path.join(name, WEIGHTS_NAME)
         return weights, rename(_read_safetensors(weights, checksum, check))
     shards, state = read_object(index).get("weight_map"), {}
-    if not isinstance(shards, dict) or not shards or not _are_files(shards.values()):
+    if not (isinstance(shards, dict) and shards and all(map(rules.SHARD[0], shards.values()))):
         raise UserError(f'{index}: "weight_map": allowed is an object {{tensor: file of this folder}}')
     for file in sorted(set(shards.values())):
         state |= _read_safetensors(find(file) or os.path.join(name, file), None, lambda shapes: None)
     check({key: tuple(tensor.shape) for key, tensor in state.items()})
     return index, rename(state)
-
-
-def _are_files(names):
-    return all(isinstance(name, str) and re.fullmatch(r"\w[\w.-]*\.safetensors", name) for name in names)
 
 
 def open_base(checkpoint, given, hub):
@@ -256,7 +222,8 @@ def open_base(checkpoint, given, hub):
             raise UserError(f"{path}: its base is {recorded} of the hub, but there is a folder of that name; {WHERE}")
         if not is_folder and recorded not in KNOWN_BASES:
             hub["local_files_only"] = True
-    if name == checkpoint.name or (os.path.isdir(name) and os.path.realpath(name) == _folder(checkpoint)):
+    folder = os.path.realpath(os.path.dirname(path))
+    if name == checkpoint.name or (os.path.isdir(name) and os.path.realpath(name) == folder):
         raise UserError(f"{path}: its base model is given as {name}, the checkpoint itself; {WHERE}")
     try:
         base = open_checkpoint(name, hub)
@@ -264,21 +231,8 @@ def open_base(checkpoint, given, hub):
         raise UserError(f"{path}: its base model {name} does not open ({error}); {WHERE}") from None
     if base.fields.get("base_model_name_or_path") or base.fields.get("exported_widths"):
         raise UserError(f"{path}: its base model {name} has no float weights of its own; {WHERE}")
-    defaults = GPT2Config()
-    pairs = [(key, *(c.fields.get(key, getattr(defaults, key)) for c in (checkpoint, base))) for key in ARCHITECTURE]
-    refuse(
-        path,
-        [
-            f'"{key}" = {show(ours)}, but its base model {name} has {show(theirs)}; if it is another one, {WHERE}'
-            for key, ours, theirs in pairs
-            if ours != theirs
-        ],
-    )
+    refuse(path, rules.base_faults(checkpoint.fields, base.fields, name, WHERE))
     return base
-
-
-def _folder(checkpoint):
-    return os.path.realpath(os.path.dirname(checkpoint.path))
 
 
 # ---- writing
@@ -298,7 +252,7 @@ def saving(folder):
         with open(weights, "rb") as file:
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
         with open(config, encoding="utf-8") as file:
-            content = json.load(file) | {CHECKSUM: checksum}
+            content = json.load(file) | {rules.CHECKSUM: checksum}
         with open(config, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=2, sort_keys=True)
             file.write("\n")

@@ -9,6 +9,13 @@ from .errors import UserError
 SHOWN = 80  # characters of a value in a message
 
 
+def refuse(source, faults, shown=12):
+    """Raise one UserError with all faults of a file, the first ones in full; nothing without faults."""
+    if faults:
+        more = [f"... and {len(faults) - shown} more"] if len(faults) > shown else []
+        raise UserError("\n".join(f"{source}: {fault}" for fault in [*faults[:shown], *more]))
+
+
 def show(value):
     """A value as JSON on one line, control characters escaped, at most 80 characters; what is not JSON by its type."""
     try:

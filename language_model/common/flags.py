@@ -1,11 +1,11 @@
 """The door of all flags: from a command line or one JSON file, checked before anything is loaded."""
 
-import dataclasses
 import json
 import math
 import os
 import sys
 import tempfile
+from dataclasses import fields
 
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
@@ -74,9 +74,7 @@ def _word(value):
 
 def check_flags(*groups):
     """Refuse numbers, choices, packages and output paths that cannot work. groups: dataclasses of flags."""
-    flags = {
-        field.name: (group, getattr(group, field.name)) for group in groups for field in dataclasses.fields(group)
-    }
+    flags = {field.name: (group, getattr(group, field.name)) for group in groups for field in fields(group)}
     for name, (group, value) in flags.items():
         if value is None:
             continue
@@ -103,10 +101,8 @@ def check_flags(*groups):
             installed = get_available_reporting_integrations()
             for tracker in set(value) - set(installed):
                 refuse(name, tracker, f"none, or what is installed ({', '.join(installed) or 'nothing'})")
-        if name == "output_dir":
-            check_output(name, value, folder=True)
-        if name in ("record_file", "output") and value:
-            check_output(name, value)
+        if name == "output_dir" or (name in ("record_file", "output") and value):
+            check_output(name, value, folder=name == "output_dir")
     if "doc_stride" in flags and flags["doc_stride"][1] >= flags["max_seq_length"][1]:
         refuse("doc_stride", flags["doc_stride"][1], f"less than --max_seq_length {flags['max_seq_length'][1]}")
 

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
 
 import datasets
 import pyarrow as pa
@@ -48,8 +47,7 @@ def load_squad_json(path: str | os.PathLike, require_answers: bool = True) -> li
     faults: list[str] = []
     rows = []
     for record in _checked(path, _flatten(_read_records(path), faults), require_answers, faults):
-        answers = record.get("answers", {"text": [], "answer_start": []})
-        answers = {"text": answers["text"], "answer_start": answers["answer_start"]}
+        answers = {key: record["answers"][key] if "answers" in record else [] for key in _ANSWERS}
         rows.append({**{key: record.get(key) or "" for key in COLUMNS}, "answers": answers})
     return rows
 
@@ -59,9 +57,8 @@ def _checked(source: str, records, require_answers: bool, faults: list[str]):
     first_with_id = {}
     for where, record in records:
         where += f" (id {_show(record.get('id', _MISSING))})"
-        found = _record_faults(where, record, require_answers)
-        faults += found
-        if found:
+        if found := _record_faults(where, record, require_answers):
+            faults += found
             continue
         first = first_with_id.setdefault(record["id"], where)
         if first != where:
@@ -93,25 +90,23 @@ def _read_records(path: str) -> list[tuple[str, object]]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        lines = [(f"line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         records = []
-        for where, line in lines:
+        for number, line in enumerate(text.split("\n"), 1):
             try:
-                records.append((where, json.loads(line)))
+                records += [(f"line {number}", json.loads(line))] if line.strip() else []
             except (ValueError, RecursionError) as line_error:
                 # one JSON object on the first line is what tells JSON lines from a broken JSON file
                 if records and isinstance(records[0][1], dict):
-                    refuse(f"{where} is not JSON ({line_error})", line_error)
+                    refuse(f"line {number} is not JSON ({line_error})", line_error)
                 refuse(f"is not JSON ({error})", error)
         return records
+    label = "record"
     if isinstance(content, dict) and "data" in content:
         content, label = content["data"], "data"
     elif isinstance(content, dict) and {"context", "question"} & set(content):
-        content, label = [content], "record"  # JSON lines with a single line
+        content = [content]  # JSON lines with a single line
     elif isinstance(content, dict):
         refuse(f'found the keys {_show(sorted(content))} and no "data"')
-    else:
-        label = "record"
     if not isinstance(content, list):
         refuse(f"found {_show(content)} instead of a list of records")
     return [(f"{label}[{index}]", record) for index, record in enumerate(content)]
@@ -144,8 +139,7 @@ def _flatten(records: list[tuple[str, object]], faults: list[str]):
                         answers = [answer for _, answer in _objects_at(where_qa, qa, "answers", faults)]
                         if len(faults) > known:
                             continue
-                        keys = ("text", "answer_start")
-                        flat["answers"] = {key: [answer.get(key, _MISSING) for answer in answers] for key in keys}
+                        flat["answers"] = {key: [answer.get(key, _MISSING) for answer in answers] for key in _ANSWERS}
                     yield where_qa, flat
 
 
@@ -179,16 +173,14 @@ def _record_faults(where: str, record: dict, require_answers: bool) -> list[str]
     for index, (text, start) in enumerate(zip(answers["text"], answers["answer_start"], strict=True)):
         if not _is_text(text):
             faults.append(_text_fault(where, f"answers.text[{index}]", text))
-        elif not isinstance(start, int) or isinstance(start, bool) or start < 0:
-            faults.append(
-                f'{where}: "answers.answer_start[{index}]" is {_show(start)}; allowed: an integer, 0 or more'
-            )
+            continue
+        place = f'{where}: "answers.answer_start[{index}]" is {_show(start)}'
+        if type(start) is not int or start < 0:
+            faults.append(f"{place}; allowed: an integer, 0 or more")
         elif isinstance(record.get("context"), str) and not record["context"].startswith(text, start):
             there = _show(record["context"][start : start + len(text)])
-            faults.append(
-                f'{where}: "answers.answer_start[{index}]" is {start}, where the context has {there}; '
-                f"allowed: a position where it has the answer {_show(text)}"
-            )
+            allowed = f"a position where it has the answer {_show(text)}"
+            faults.append(f"{place}, where the context has {there}; allowed: {allowed}")
     return faults
 
 
@@ -210,18 +202,11 @@ def _show(value) -> str:
 
 
 def load_qa_datasets(
-    dataset_name: str | None = None,
-    dataset_config_name: str | None = None,
-    train_file: str | None = None,
-    validation_file: str | None = None,
-    test_file: str | None = None,
-    cache_dir: str | None = None,
-    splits: Sequence[str] | None = None,
-    **load_options,
+    dataset_name=None, config_name=None, train_file=None, validation_file=None, test_file=None, splits=None, **options
 ) -> datasets.DatasetDict:
     """Loads SQuAD-format data from the hub, from local files, or both: a file replaces the hub's split of its name.
 
-    Args: dataset_name, dataset_config_name, cache_dir, load_options (token, revision): for `datasets.load_dataset`.
+    Args: dataset_name, config_name, options (cache_dir, token, revision): for `datasets.load_dataset`.
         train_file, validation_file, test_file: read by load_squad_json; the test split may lack answers.
         splits: what the run needs; nothing else is read, and the hub is asked only for a split without file.
             None takes every file given and every split of the hub's.
@@ -233,7 +218,7 @@ def load_qa_datasets(
     result = {}
     if dataset_name and (splits is None or not set(splits) <= set(files)):
         try:
-            on_hub = datasets.load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir, **load_options)
+            on_hub = datasets.load_dataset(dataset_name, config_name, **options)
         except ConnectionError as error:
             raise ConnectionError(
                 f"--dataset_name {dataset_name}: the hub cannot be reached, and the cache has no copy ({error}); "
@@ -266,9 +251,8 @@ def _as_squad_columns(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
     lacking = set(COLUMNS) - {"title"} - set(dataset.column_names)
     if lacking or not isinstance(answers, dict) or not set(_ANSWERS) <= set(answers):
         raise UserError(
-            f"{name}: found the columns {_show(dataset.column_names)}, answers as {_show(answers)}; "
-            f"allowed: {_FLAT_ROW}. "
-            "The official nested JSON goes to --train_file or --validation_file."
+            f"{name}: found the columns {_show(dataset.column_names)}, answers as {_show(answers)}; allowed: "
+            f"{_FLAT_ROW}. The official nested JSON goes to --train_file or --validation_file."
         )
     if "title" not in dataset.column_names:
         dataset = dataset.add_column("title", [""] * len(dataset))
@@ -283,8 +267,6 @@ def _as_squad_columns(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
 
 def _rows_of(dataset: datasets.Dataset):
     """Yields (where, row); through Arrow in batches, which takes a second for SQuAD."""
-    number = 0
-    for batch in dataset.with_format("arrow").iter(batch_size=1000):
-        for row in batch.to_pylist():
-            yield f"row {number}", row
-            number += 1
+    batches = dataset.with_format("arrow").iter(batch_size=1000)
+    for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+        yield f"row {number}", row

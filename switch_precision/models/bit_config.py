@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from .errors import UserError
 from .fast.integer import PACKED_BITS
 from .quantization import FLOAT_BITS, QUANTIZED_BITS
-from .user_input import read_json, show
+from .user_input import read_json, refuse, show
 
 ALLOWED_BITS = QUANTIZED_BITS + FLOAT_BITS
 FIELDS = ("w_bits", "a_bits", "kv_bits")
@@ -34,10 +34,8 @@ def read_bit_config(path):
     """Read a JSON config file without resolving it. Raises FileNotFoundError or ValueError naming the file."""
     if not os.path.isfile(path):
         shown = path if path.isprintable() and 0 < len(path) <= MAX_KEY_LENGTH else show(path)
-        raise FileNotFoundError(
-            f"{shown}: no such bit-width config (expected a JSON file, see configs/README.md, a width as 8, or "
-            "W4A8KV8)"
-        )
+        expected = "a JSON file, see configs/README.md, a width as 8, or W4A8KV8"
+        raise FileNotFoundError(f"{shown}: no such bit-width config (expected {expected})")
     return read_json(path)
 
 
@@ -134,17 +132,12 @@ def resolve_bit_config(config, layers):
             faults.append(f"{show(key)}: kv_bits on a layer without K and V; only attn.c_attn has them")
         for layer in matched:
             resolved[layer].update({f: b for f, b in fields.items() if f != "kv_bits" or has_kv(layer)})
-    if not faults:
-        for field in FIELDS:
-            owners = [name for name in layers if field != "kv_bits" or has_kv(name)]
-            bare = [name for name in owners if field not in resolved[name]]
-            if bare:
-                others = f" and {len(bare) - 1} more" if len(bare) > 1 else ""
-                cure = 'name the layer or give a "default"'
-                faults.append(f"{show(bare[0])}{others}: nothing sets {field}; {cure}")
-    if faults:
-        more = [f"... and {len(faults) - MAX_FAULTS_SHOWN} more"] if len(faults) > MAX_FAULTS_SHOWN else []
-        raise UserError("\n".join(f"{source}: {fault}" for fault in faults[:MAX_FAULTS_SHOWN] + more))
+    for field in FIELDS if not faults else ():
+        owners = [name for name in layers if field != "kv_bits" or has_kv(name)]
+        if bare := [name for name in owners if field not in resolved[name]]:
+            others = f" and {len(bare) - 1} more" if len(bare) > 1 else ""
+            faults.append(f'{show(bare[0])}{others}: nothing sets {field}; name the layer or give a "default"')
+    refuse(source, faults, MAX_FAULTS_SHOWN)
     return {layer: {f: bits[f] for f in FIELDS if f in bits} for layer, bits in resolved.items()}
 
 
@@ -157,10 +150,8 @@ def stored_bytes(w_bits, out, inp):
 
 
 def describe_bit_config(resolved, shapes):
-    """Size and cost of an assignment.
+    """Size and cost of an assignment: a resolved config, of layers with `shapes` {layer: (out, in)}.
 
-    Args:
-        resolved: resolved config; shapes: {layer: (out, in)}.
     Returns:
         average_w_bits: mean over weights; weight_bytes: what is stored of the linear weights (`stored_bytes`);
         bitops_per_token: sum of MACs x w_bits x a_bits over the linears (32 where a tensor stays float32);
@@ -182,5 +173,4 @@ def short_name(resolved):
     values = {field: {bits[field] for bits in resolved.values() if field in bits} for field in FIELDS}
     if any(len(found) > 1 for found in values.values()):
         return "mixed"
-    tags = dict(zip(FIELDS, ("W", "A", "KV"), strict=True))
-    return "".join(tags[field] + str(*found) for field, found in values.items() if found)
+    return "".join(f"{field.removesuffix('_bits').upper()}{[*found][0]}" for field, found in values.items() if found)

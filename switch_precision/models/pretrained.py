@@ -7,9 +7,10 @@ import torch
 from transformers.initialization import no_init_weights
 
 from .checkpoint import QuantGPT2Config, open_base, open_checkpoint, saving
-from .checkpoint_rules import FLOAT_DTYPES, RULES, is_base, refuse
+from .checkpoint_rules import FLOAT_DTYPES, RULES, is_base
 from .errors import UserError
 from .exported import take_codes
+from .user_input import refuse
 
 
 class PretrainedMixin:
