@@ -20,6 +20,7 @@ import time
 
 from accelerate.utils import broadcast_object_list
 from transformers import set_seed
+from transformers.trainer_utils import EvalPrediction
 
 from common.arguments import CheckpointArguments, DataTrainingArguments, option
 from common.checksums import data_identity, file_checksum, model_checksum, tokenizer_checksum
@@ -35,7 +36,6 @@ from models.bit_config import describe_bit_config
 from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
 from trainer_qa import QuestionAnsweringTrainer
-from utils_qa import squad_em_f1_per_example
 
 logger = logging.getLogger("run_qa_eval")
 
@@ -151,7 +151,8 @@ class Evaluator:
 
     def scores(self, predictions):
         """[(exact match, F1)] of all questions, each 0 to 1."""
-        return list(squad_em_f1_per_example(predictions, self.references).values())
+        prediction = EvalPrediction(predictions=predictions, label_ids=self.references)
+        return self.trainer.compute_metrics(prediction, per_example=True)["per_example"]
 
     def table(self, records, reference, num_bootstrap):
         """One row per config: size, cost, scores with intervals, drops against `reference` (a name), seconds."""

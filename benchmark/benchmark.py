@@ -30,7 +30,8 @@ from transformers.utils import logging as transformers_logging
 
 import peers
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "base_model"))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.join(ROOT, "base_model"))
 from common.arguments import option  # noqa: E402
 from common.flags import parse_args  # noqa: E402
 from common.record import atomic_path, relative_path, run_record, write_json_atomic, write_text_atomic  # noqa: E402

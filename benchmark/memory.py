@@ -12,7 +12,8 @@ import warnings
 import torch
 from transformers.utils import logging as transformers_logging
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "base_model"))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.join(ROOT, "base_model"))
 from common.record import write_json_atomic  # noqa: E402
 from models.quantization import FLOAT_BITS  # noqa: E402
 from peers import COMPILED, OURS, build, load, why_missing  # noqa: E402

@@ -19,7 +19,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2ForQuestionAnswering
 from transformers.pytorch_utils import Conv1D
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "base_model"))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.join(ROOT, "base_model"))
 from common.loading import resolve_configs, trained_configs  # noqa: E402
 from models.bitsandbytes_ptq import quantize_with_bitsandbytes  # noqa: E402
 from models.errors import UserError  # noqa: E402

@@ -84,13 +84,14 @@ def make_metric():
     """compute_metrics for the trainer: EM/F1 through the `evaluate` module beside this file; the hub is not asked."""
     metric = evaluate.load(os.path.join(os.path.dirname(__file__), "squad_metric"), keep_in_memory=True)
 
-    def compute_metrics(prediction):
+    def compute_metrics(prediction, **options):
         return metric.compute(
             predictions=[{"id": key, "prediction_text": text} for key, text in prediction.predictions.items()],
             references=[
                 {"id": key, "answers": {"text": texts, "answer_start": [0] * len(texts)}}
                 for key, texts in prediction.label_ids.items()
             ],
+            **options,
         )
 
     return compute_metrics

@@ -8,11 +8,14 @@ The numbers are those of utils_qa.squad_em_f1; nothing is computed here.
 import datasets
 import evaluate
 
-from utils_qa import squad_em_f1
+from utils_qa import squad_em_f1, squad_em_f1_per_example
 
 
 class SquadMetric(evaluate.Metric):
-    """compute(predictions=[{"id", "prediction_text"}], references=[{"id", "answers": {"text", "answer_start"}}])."""
+    """compute(predictions=[{"id", "prediction_text"}], references=[{"id", "answers": {"text", "answer_start"}}]).
+
+    With per_example=True: {"per_example": [(exact match, F1), ...]}, each 0 to 1, in the order of the references.
+    """
 
     def _info(self):
         string = datasets.Value("string")
@@ -29,8 +32,9 @@ class SquadMetric(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references):
-        return squad_em_f1(
-            {row["id"]: row["prediction_text"] for row in predictions},
-            {row["id"]: row["answers"]["text"] for row in references},
-        )
+    def _compute(self, predictions, references, per_example=False):
+        texts = {row["id"]: row["prediction_text"] for row in predictions}
+        golds = {row["id"]: row["answers"]["text"] for row in references}
+        if per_example:
+            return {"per_example": list(squad_em_f1_per_example(texts, golds).values())}
+        return squad_em_f1(texts, golds)
