@@ -24,7 +24,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from common.arguments import CheckpointArguments, DataTrainingArguments, option
 from common.checksums import data_identity, file_checksum, model_checksum, tokenizer_checksum
-from common.data import build_features, load_data, make_collator
+from common.data import build_features, load_data, make_collator, make_metric
 from common.flags import parse_args
 from common.loading import load_model, load_tokenizer, resolve_configs, trained_configs
 from common.record import read_state, relative_path, run_record, write_json_atomic, write_state, write_text_atomic
@@ -89,6 +89,7 @@ class Evaluator:
             args=training_args,
             processing_class=tokenizer,
             data_collator=make_collator(tokenizer, data_args, positions),
+            compute_metrics=make_metric(),
             n_best_size=data_args.n_best_size,
             max_answer_length=data_args.max_answer_length,
         )
