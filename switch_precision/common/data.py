@@ -74,10 +74,9 @@ def build_features(examples, split, source, tokenizer, data_args, training_args,
 
 def make_collator(tokenizer, data_args, max_positions):
     """Pads to the longest of the batch, or to max_seq_length."""
-    if data_args.pad_to_max_length:
-        length = min(data_args.max_seq_length, max_positions)
-        return DataCollatorWithPadding(tokenizer, padding="max_length", max_length=length)
-    return DataCollatorWithPadding(tokenizer)
+    length = min(data_args.max_seq_length, max_positions)
+    padding = {"padding": "max_length", "max_length": length} if data_args.pad_to_max_length else {}
+    return DataCollatorWithPadding(tokenizer, **padding)
 
 
 def make_metric():

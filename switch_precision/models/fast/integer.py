@@ -29,12 +29,7 @@ logger = logging.getLogger(__name__)
 def pack_int4(codes):
     """Two codes a byte: the first half of a row in the low four bits, the second half in the high four.
 
-    Args:
-        codes: (..., n) int8 in -8..7.
-    Returns:
-        (..., ceil(n / 2)) uint8; with n odd the last high half is 0.
-    Raises:
-        ValueError: a code needs more than four bits.
+    codes: (..., n) int8 in -8..7, else ValueError -> (..., ceil(n / 2)) uint8; with n odd the last high half is 0.
     """
     if codes.numel() and (codes.amin() < -8 or codes.amax() > 7):
         raise UserError(f"codes from {codes.amin().item()} to {codes.amax().item()} do not fit in four bits (-8..7)")
@@ -100,10 +95,8 @@ def is_supported(device, inp, out):
     rows[::2, 1::2] = -127
     columns[1::2] = -127
     try:
-        exact = torch.equal(
-            torch._int_mm(rows, columns.t()).long().cpu(), rows.cpu().long() @ columns.cpu().long().t()
-        )
-        reason = "" if exact else "its sums are not exact"
+        found, expected = torch._int_mm(rows, columns.t()).long().cpu(), rows.cpu().long() @ columns.cpu().long().t()
+        reason = "" if torch.equal(found, expected) else "its sums are not exact"
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
     if reason:
