@@ -114,9 +114,6 @@ def trainer_arguments(model, tokenizer, data_args, training_args, examples, feat
 def load_features(model, tokenizer, model_args, data_args, training_args):
     """({split: examples}, {split: token windows}, {split: source and checksum}) of the splits that the run reads."""
     examples, sources = load_data(data_args, needed_splits(training_args), model_args)
-    positions = model.config.max_position_embeddings
-    features = {
-        split: build_features(rows, split, sources[split], tokenizer, data_args, training_args, positions)
-        for split, rows in examples.items()
-    }
+    rest = (tokenizer, data_args, training_args, model.config.max_position_embeddings)
+    features = {split: build_features(rows, split, sources[split], *rest) for split, rows in examples.items()}
     return examples, features, sources

@@ -34,11 +34,9 @@ def intervals(means):
 
 
 def mcnemar(reference, other):
-    """Exact two-sided p-value that two systems are right equally often.
+    """Exact two-sided p-value that two systems are right equally often (McNemar 1947, in its exact binomial form).
 
-    Args: reference, other: (questions,) right (1) or wrong (0).
-    Returns: p of the sign test on the questions where they differ; 1.0 where they never do.
-    Source: McNemar 1947, in its exact binomial form.
+    reference, other: (questions,) right (1) or wrong (0). The sign test on those where they differ; 1.0 without any.
     """
     reference, other = np.asarray(reference, dtype=bool), np.asarray(other, dtype=bool)
     only_reference, only_other = int((reference & ~other).sum()), int((other & ~reference).sum())

@@ -167,7 +167,7 @@ class QuantLinear(nn.Module):
         if path == "integer" and not torch.is_grad_enabled():  # adapter, K and V in the same pass
             lora = None if key is None else (A, B, self.scaling)
             return integer_linear(x, *self.quantized_weight(), self.bias, self.a_bits, lora, self.kv_bits).view(shape)
-        if path in ("float", "trainable"):  # at 16 and 32 bits the weight as it is
+        if path == "float":  # at 16 and 32 bits the weight as it is
             y = F.linear(fake_quantize(x, self.a_bits), fake_quantize(self.weight, self.w_bits), self.bias)
         else:
             product = integer_linear if path == "integer" else None
