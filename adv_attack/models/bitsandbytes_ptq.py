@@ -10,8 +10,8 @@ from torch import nn
 
 from .errors import UserError
 
-METHODS = ("8bit", "nf4")
 LABELS = {"8bit": "bitsandbytes int8 (weight-only)", "nf4": "bitsandbytes nf4 + double quantization (weight-only)"}
+METHODS = tuple(LABELS)
 
 
 class BitsAndBytesLinear(nn.Module):
@@ -20,24 +20,19 @@ class BitsAndBytesLinear(nn.Module):
     def __init__(self, base, layer):
         super().__init__()
         self.base, self.scaling = base, layer.scaling
-        self.lora_A = layer.lora_A[layer.active_adapter] if layer.active_adapter else None
-        self.lora_B = layer.lora_B[layer.active_adapter] if layer.active_adapter else None
+        key = layer.active_adapter
+        self.lora_A, self.lora_B = (layer.lora_A[key], layer.lora_B[key]) if key else (None, None)
 
     def forward(self, x):
         y = self.base(x)
-        if self.lora_A is not None:
-            y = y + self.lora_B(self.lora_A(x)) * self.scaling
-        return y
+        return y if self.lora_A is None else y + self.lora_B(self.lora_A(x)) * self.scaling
 
 
 def quantize_with_bitsandbytes(model, method):
     """Replace every QuantLinear of `model`, in place, by a bitsandbytes layer on the same float weights.
 
-    Args:
-        model: a QuantGPT2... model; its own bits are ignored, its active adapters stay.
-        method: "8bit" or "nf4".
-    Raises:
-        ValueError: other methods, a model without float weights, bitsandbytes is not installed.
+    Its own bits are ignored, its active adapters stay. method: "8bit" or "nf4". Raises ValueError: other methods, a
+    model without float weights, bitsandbytes is not installed.
     """
     if method not in METHODS:
         raise UserError(f"bitsandbytes method {method!r}: allowed are {', '.join(METHODS)}")

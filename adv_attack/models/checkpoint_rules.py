@@ -269,17 +269,14 @@ def _code_faults(name, shape, bits, codes, scale):
     """
     qmax, packed = 2 ** (bits - 1) - 1, bits <= PACKED_BITS
     columns = (shape[1] + 1) // 2 if packed else shape[1]
-    expected = {
-        "codes": (codes, torch.uint8 if packed else torch.int8, (shape[0], columns)),
-        "scale": (scale, torch.float32, (shape[0], 1)),
-    }
-    faults = []
-    for kind, (tensor, *wanted) in expected.items():
-        found = None if tensor is None else [tensor.dtype, tuple(tensor.shape)]
-        if found != wanted:
-            words = "missing" if tensor is None else f"{found[0]} {found[1]}".removeprefix("torch.")
-            wanted = f"{wanted[0]} {wanted[1]}".removeprefix("torch.")
-            faults.append(f'"{name}.{kind}.{bits}" is {words}: allowed is {wanted}')
+    faults, dtype = [], "uint8" if packed else "int8"
+    for kind, tensor, allowed in (
+        ("codes", codes, f"{dtype} {(shape[0], columns)}"),
+        ("scale", scale, f"float32 {(shape[0], 1)}"),
+    ):
+        found = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}".removeprefix("torch.")
+        if found != allowed:
+            faults.append(f'"{name}.{kind}.{bits}" is {found}: allowed is {allowed}')
     if faults:
         return faults
     codes = unpack_int4(codes, shape[1]) if packed else codes

@@ -27,17 +27,13 @@ from .quant_linear import QuantLinear
 from .quantization import FLOAT_BITS
 
 
-def _own_config(stock):
-    fields = {key: value for key, value in stock.to_dict().items() if key != "model_type"}
-    return QuantGPT2Config(**fields, attn_implementation=stock._attn_implementation)
-
-
 class QuantGPT2Mixin(PretrainedMixin):
     """What the three heads share. Comes before the upstream class in the bases."""
 
     def __init__(self, config):
-        if not isinstance(config, QuantGPT2Config):
-            config = _own_config(config)
+        if not isinstance(config, QuantGPT2Config):  # a stock one
+            fields = {key: value for key, value in config.to_dict().items() if key != "model_type"}
+            config = QuantGPT2Config(**fields, attn_implementation=config._attn_implementation)
         super().__init__(config)
         self.execution = Execution()
         for name, conv in [(n, m) for n, m in self.named_modules() if isinstance(m, Conv1D)]:
@@ -64,28 +60,22 @@ class QuantGPT2Mixin(PretrainedMixin):
         return {name: (module.out_features, module.in_features) for name, module in self.quant_layers().items()}
 
     def set_bit_config(self, config):
-        """Set the bits of every layer and return the resolved config.
+        """Set the bits of every layer and return the resolved config. config: see `bit_config.resolve_bit_config`.
 
-        Args:
-            config: JSON path, dict, int or short form; see `bit_config.resolve_bit_config`.
-        Raises:
-            ValueError: faulty config, bits that the LoRA bank has no adapter for, or that a model without float
-                weights has no codes for. Nothing is changed then.
+        Raises ValueError, and changes nothing, for a faulty config, bits that the LoRA bank has no adapter for, and
+        bits that a model without float weights has no codes for.
         """
         layers = self.quant_layers()
         resolved = resolve_bit_config(config, layers)
         source = config if isinstance(config, str | os.PathLike) else "bit config"
-        faults = [
-            f'{source}: "{name}".w_bits = {bits["w_bits"]}, but the LoRA bank has only {list(layer.lora_A)}'
-            for (name, layer), bits in zip(layers.items(), resolved.values(), strict=True)
-            if layer.lora_A and "shared" not in layer.lora_A and str(bits["w_bits"]) not in layer.lora_A
-        ]
-        faults += [
-            f'{source}: "{name}".w_bits = {bits["w_bits"]}, but of this layer only the codes of '
-            f"{sorted(layer.stored_codes())} bits are kept"
-            for (name, layer), bits in zip(layers.items(), resolved.values(), strict=True)
-            if layer.weight is None and bits["w_bits"] not in layer.stored_codes()
-        ]
+        faults = []
+        for name, layer in layers.items():
+            w_bits, codes = resolved[name]["w_bits"], layer.stored_codes() if layer.weight is None else None
+            asked = f'{source}: "{name}".w_bits = {w_bits}, but '
+            if layer.lora_A and not {"shared", str(w_bits)}.intersection(layer.lora_A):
+                faults.append(f"{asked}the LoRA bank has only {list(layer.lora_A)}")
+            if codes is not None and w_bits not in codes:
+                faults.append(f"{asked}of this layer only the codes of {sorted(codes)} bits are kept")
         if faults:
             raise UserError("\n".join(faults))
         for name, bits in resolved.items():
@@ -112,13 +102,10 @@ class QuantGPT2Mixin(PretrainedMixin):
     def set_execution(self, execution, backward_dtype="fp32"):
         """How layers with w_bits <= 8 and a_bits <= 8 compute their product; the others always run in float.
 
-        Args:
-            execution: "fake" (the default of a model): quantize, dequantize, float product. "integer": int8 codes
-                and `torch._int_mm`, also in the forward pass of training; a trainable weight stays "fake". On a CPU
-                GELU and attention of evaluation in float32 are compiled then as well (kernels.py).
-            backward_dtype: "fp32": products of the backward pass in the dtype of the gradient; "bf16".
-        Raises:
-            ValueError: other values.
+        execution: "fake" (the default of a model): quantize, dequantize, float product. "integer": int8 codes and
+        `torch._int_mm`, also in the forward pass of training; a trainable weight stays "fake". On a CPU GELU and
+        attention of evaluation in float32 are compiled then as well (kernels.py).
+        backward_dtype: "fp32": products of the backward pass in the dtype of the gradient; "bf16". Raises ValueError.
         """
         self.execution.set(execution, backward_dtype)
         if self.config._attn_implementation in ("sdpa", attention.NAME):
@@ -145,22 +132,18 @@ class QuantGPT2Mixin(PretrainedMixin):
 
     def quantized_bytes(self):
         """Memory that the weights of the quantized linears take now: codes, scales and float weights."""
-        tensors = []
-        for layer in self.quant_layers().values():
-            tensors += [layer.weight] * (layer.weight is not None)
-            tensors += [tensor for stored in layer.stored_codes().values() for tensor in stored]
-        return sum(tensor.nbytes for tensor in tensors)
+        kept = [pair for layer in self.quant_layers().values() for pair in layer.stored_codes().values()]
+        kept.append([layer.weight for layer in self.quant_layers().values() if layer.weight is not None])
+        return sum(tensor.nbytes for tensors in kept for tensor in tensors)
 
     # ---- LoRA
 
     def add_lora(self, bank, r=None, lora_alpha=None):
         """Add the adapters, freeze the base, and leave adapters and head trainable.
 
-        Args:
-            bank: widths served by an adapter of their own (4, 8 or "4", "8", ...), or ["shared"]: one for all widths.
-            r: rank (None: 8); lora_alpha: the adapters are scaled by lora_alpha / r (None: 16).
-        Raises:
-            ValueError: adapters present already, bad widths or rank.
+        bank: widths served by an adapter of their own (4, 8 or "4", "8", ...), or ["shared"]: one for all widths.
+        r: rank (None: 8); lora_alpha: the adapters are scaled by lora_alpha / r (None: 16).
+        Raises ValueError: adapters present already, bad widths or rank.
         """
         bank, allowed = [str(key) for key in bank], set(map(str, ALLOWED_BITS))
         r, lora_alpha = 8 if r is None else r, 16 if lora_alpha is None else lora_alpha
@@ -172,9 +155,8 @@ class QuantGPT2Mixin(PretrainedMixin):
             raise UserError(f"LoRA r = {r}, alpha = {lora_alpha}: both must be positive")
         self.config.lora_bank, self.config.lora_r, self.config.lora_alpha = bank, r, lora_alpha
         self._add_adapters()
-        widths = [key for key in bank if key != "shared"]
-        if widths:
-            self.set_bit_config(int(max(widths, key=int)))
+        if bank != ["shared"]:
+            self.set_bit_config(max(map(int, bank)))
 
     def _add_adapters(self):
         for layer in self.quant_layers().values():
@@ -187,16 +169,10 @@ class QuantGPT2Mixin(PretrainedMixin):
 class QuantGPT2ForQuestionAnswering(QuantGPT2Mixin, GPT2ForQuestionAnswering):
     """Extractive question answering: start and end logits per token."""
 
-    upstream = GPT2ForQuestionAnswering
-
 
 class QuantGPT2ForSequenceClassification(QuantGPT2Mixin, GPT2ForSequenceClassification):
     """Classification from the last token that is no padding."""
 
-    upstream = GPT2ForSequenceClassification
-
 
 class QuantGPT2LMHeadModel(QuantGPT2Mixin, GPT2LMHeadModel):
     """Language model; the head is tied to the embedding, belongs to the base and is never quantized."""
-
-    upstream = GPT2LMHeadModel

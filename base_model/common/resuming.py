@@ -143,12 +143,9 @@ class OutputFolder:
     """The output folder of one run, kept for it until the object goes.
 
     `checkpoint`: what to resume from, or None. `finished`: the training is done, its model lies in the folder.
-
-    Args:
-        overwrite: start over in a used folder; `start` then deletes the checkpoints in it.
-        settings: of `run_settings`; not read without --do_train.
-    Raises:
-        UserError: the folder is in use, holds something else or another run, or has nothing to resume from.
+    overwrite: start over in a used folder, where `start` deletes the checkpoints; settings: of `run_settings`, not
+    read without --do_train. Raises UserError: the folder is in use, holds something else or another run, or has
+    nothing to resume from.
     """
 
     def __init__(self, training_args, overwrite, settings):

@@ -144,11 +144,9 @@ class QuantLinear(nn.Module):
     # ---- forward
 
     def _path(self, x):
-        """How `forward` computes Q(x) Q(W)^T + b."""
-        if self.w_bits in FLOAT_BITS and self.weight is not None:
+        """How `forward` computes Q(x) Q(W)^T + b: on the float weight, on its codes ("frozen"), or all "integer"."""
+        if (self.w_bits in FLOAT_BITS and self.weight is not None) or (self.can_train and torch.is_grad_enabled()):
             return "float"
-        if self.can_train and torch.is_grad_enabled():
-            return "trainable"
         on_integers = self.execution.kind == "integer" and self.a_bits not in FLOAT_BITS
         if on_integers and is_supported(x.device, self.in_features, self.out_features):
             return "integer"
@@ -169,14 +167,11 @@ class QuantLinear(nn.Module):
         if path == "integer" and not torch.is_grad_enabled():  # adapter, K and V in the same pass
             lora = None if key is None else (A, B, self.scaling)
             return integer_linear(x, *self.quantized_weight(), self.bias, self.a_bits, lora, self.kv_bits).view(shape)
-        if path == "float":
-            y = F.linear(fake_quantize(x, self.a_bits), self.weight, self.bias)
-        elif path == "trainable":
+        if path == "float":  # at 16 and 32 bits the weight as it is
             y = F.linear(fake_quantize(x, self.a_bits), fake_quantize(self.weight, self.w_bits), self.bias)
-        elif path == "frozen":
-            y = frozen_linear(x, *self.quantized_weight(), self.bias, self.a_bits, None, backward_dtype)
         else:
-            y = frozen_linear(x, *self.quantized_weight(), self.bias, self.a_bits, integer_linear, backward_dtype)
+            product = integer_linear if path == "integer" else None
+            y = frozen_linear(x, *self.quantized_weight(), self.bias, self.a_bits, product, backward_dtype)
         if key is not None:  # in place: y is fresh, and nothing needs its old value for the backward pass
             y.addmm_(F.linear(x, A).to(y.dtype), B.t().to(y.dtype), alpha=self.scaling)
         return fake_quantize_kv_(y, self.kv_bits).view(shape)

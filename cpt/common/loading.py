@@ -35,11 +35,8 @@ def load_tokenizer(model_args):
 
 
 def open_model(model_class, model_args, tokenizer, training=False, **overrides):
-    """The model of --model_name_or_path, complete with its adapters.
-
-    Raises ValueError for a tokenizer that is not the model's, for adapters of another --lora_r or --lora_alpha, and
-    for training on an exported checkpoint.
-    """
+    """The model of --model_name_or_path, complete with its adapters. Raises ValueError for a tokenizer that is not
+    the model's, for adapters of another --lora_r or --lora_alpha, and for training on an exported checkpoint."""
     options = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
     if model_args.attn_implementation:
         options["attn_implementation"] = model_args.attn_implementation

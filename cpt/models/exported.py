@@ -21,14 +21,9 @@ PARTS = ("embeddings", "codes", "scales", "adapters", "other")
 
 
 def served_widths(configs):
-    """{layer: [w_bits, ...]} that resolved configs need, ascending.
-
-    Raises:
-        ValueError: a layer that some config leaves in float, which has no codes.
-    """
+    """{layer: [w_bits, ...]} that resolved configs need, ascending. Raises ValueError for a layer left in float."""
     widths = {layer: sorted({config[layer]["w_bits"] for config in configs}) for layer in configs[0]}
-    floats = [layer for layer, found in widths.items() if found[-1] not in QUANTIZED_BITS]
-    if floats:
+    if floats := [layer for layer, found in widths.items() if found[-1] not in QUANTIZED_BITS]:
         raise UserError(
             f'"{floats[0]}".w_bits = {widths[floats[0]][-1]} ({len(floats)} layers): exported linears have 2 to 8 bits'
         )
@@ -62,13 +57,10 @@ def exported_state(model, widths, embeddings_dtype=torch.float32):
 
 
 def save_exported(model, folder, widths, bit_config, embeddings_dtype=torch.float32):
-    """Write the deployable form; every file appears whole or not at all.
+    """Write the deployable form, every file whole or not at all, and return {part: bytes} of its tensors.
 
-    Args:
-        widths: as `served_widths`; bit_config: resolved config that the folder opens with.
-        embeddings_dtype: float32 keeps every answer; float16 halves the embeddings and rounds them.
-    Returns:
-        {part: bytes} of the tensors.
+    widths: as `served_widths`; bit_config: resolved config that the folder opens with; embeddings_dtype: float32
+    keeps every answer, float16 halves the embeddings and rounds them.
     """
     state, parts = exported_state(model, widths, embeddings_dtype)
     config = copy.deepcopy(model.config)
@@ -84,9 +76,7 @@ def save_exported(model, folder, widths, bit_config, embeddings_dtype=torch.floa
 def take_codes(model, state):
     """Move the codes out of `state` into the layers of `model`, whose float weights are dropped.
 
-    Args:
-        state: {name: tensor} of an exported file, checked by `checkpoint.open_checkpoint`; what is left in it is for
-            `load_state_dict`.
+    state: {name: tensor} of an exported file, as `open_checkpoint` checked it; the rest is for `load_state_dict`.
     """
     for name, layer in model.quant_layers().items():
         widths = model.config.exported_widths[name]

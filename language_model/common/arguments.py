@@ -10,6 +10,11 @@ def option(default, text, **kwargs):
     return dataclasses.field(**factory, metadata={"help": text.replace("%", "%%"), **aliases}, **kwargs)
 
 
+EXECUTION = (
+    "how layers with W and A of at most 8 bits compute: integer (int8 products) or fake (quantized values in float)"
+)
+
+
 @dataclasses.dataclass
 class HubArguments:
     """Where a model and its tokenizer come from."""
@@ -29,11 +34,7 @@ class ModelArguments(HubArguments):
 
     lora_r: int | None = option(None, "rank of the adapters (default: 8, or that of the checkpoint)")
     lora_alpha: int | None = option(None, "scaling is lora_alpha / lora_r (default: 16, or that of the checkpoint)")
-    execution: str | None = option(
-        None,
-        "how layers with W and A of at most 8 bits compute: integer (int8 products) or fake (quantized values in "
-        "float); default: fake in training, integer in evaluation",
-    )
+    execution: str | None = option(None, f"{EXECUTION}; default: fake in training, integer in evaluation")
     backward_dtype: str = option("fp32", "backward products with frozen quantized weights: fp32 or bf16")
 
 
@@ -42,11 +43,7 @@ class CheckpointArguments(HubArguments):
     """A trained model that is evaluated."""
 
     model_name_or_path: str = dataclasses.field(kw_only=True, metadata={"help": "checkpoint, or stock GPT-2 weights"})
-    execution: str = option(
-        "integer",
-        "how layers with W and A of at most 8 bits compute: integer (int8 products) or fake (quantized values in "
-        "float); codes are the same, sums agree to float rounding",
-    )
+    execution: str = option("integer", f"{EXECUTION}; codes are the same, sums agree to float rounding")
 
 
 @dataclasses.dataclass

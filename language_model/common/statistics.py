@@ -34,11 +34,9 @@ def intervals(means):
 
 
 def mcnemar(reference, other):
-    """Exact two-sided p-value that two systems are right equally often.
+    """Exact two-sided p-value that two systems are right equally often (McNemar 1947, in its exact binomial form).
 
-    Args: reference, other: (questions,) right (1) or wrong (0).
-    Returns: p of the sign test on the questions where they differ; 1.0 where they never do.
-    Source: McNemar 1947, in its exact binomial form.
+    reference, other: (questions,) right (1) or wrong (0). The sign test on those where they differ; 1.0 without any.
     """
     reference, other = np.asarray(reference, dtype=bool), np.asarray(other, dtype=bool)
     only_reference, only_other = int((reference & ~other).sum()), int((other & ~reference).sum())
@@ -59,9 +57,7 @@ def compare(scores, reference, num_bootstrap, seed):
     at = 2 * names.index(reference)
     own, drops = intervals(means), intervals(np.tile(means[:, at : at + 2], len(names)) - means)
     # the official order of operations (utils_qa.squad_em_f1), so that the numbers agree to the last digit
-    totals = {
-        name: [100.0 * sum(column) / len(rows) for column in zip(*rows.tolist())] for name, rows in arrays.items()
-    }
+    totals = {name: [100.0 * sum(column) / len(rows) for column in rows.T.tolist()] for name, rows in arrays.items()}
     result = {}
     for index, name in enumerate(names):
         row = {}
@@ -75,11 +71,9 @@ def compare(scores, reference, num_bootstrap, seed):
 
 def markdown_table(header, rows):
     """Lines of a markdown table whose columns are aligned in plain text too. header: [str]; rows: [[str]]."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
-    return [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    ]
+    return ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
 
 
 def with_interval(value, interval, digits=2):

@@ -70,9 +70,8 @@ def target_configs(model_args, shapes):
     """
     if not model_args.bit_configs:
         return uniform_configs(shapes, model_args.bit_widths)
-    targets = {
-        name: resolve_bit_config(source, shapes) for name, source in named_configs(model_args.bit_configs).items()
-    }
+    named = named_configs(model_args.bit_configs)
+    targets = {name: resolve_bit_config(source, shapes) for name, source in named.items()}
 
     def average_bits(pair):
         weights = describe_bit_config(pair[1], shapes)["average_w_bits"]

@@ -83,16 +83,13 @@ def _no_match(key, layers):
 
 
 def resolve_bit_config(config, layers):
-    """Give every layer its bits.
+    """{layer: {"w_bits", "a_bits" and, on attn.c_attn, "kv_bits"}} for all layers.
 
     Args:
         config: path of a JSON file, a config as a dict, an int (uniform; also as text), or a short form as "W4A8KV8".
         layers: names of the quantizable linears, in model order.
-    Returns:
-        {layer: {"w_bits", "a_bits" and, on attn.c_attn, "kv_bits"}} for all layers.
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: all faults of the config at once (20 in full), each with file, key, value and what is allowed.
+    Raises: FileNotFoundError; ValueError: all faults at once (20 in full), each with file, key, value and what is
+        allowed.
     """
     source = "bit config"
     if isinstance(config, str) and WIDTH.fullmatch(config):

@@ -24,12 +24,9 @@ def recover_codes(values, bits):
     each entry leaves an interval of scales that round to it. All of them meet in the scale that was used, and the
     float32 next to the middle of what they share gives back every value.
 
-    Args:
-        values: (..., n) float tensor; bits: 2 to 8.
-    Returns:
-        codes: (..., n) int8; scale: (..., 1) float32, with dequantize(codes, scale).to(values.dtype) == values.
-    Raises:
-        ValueError: values that are not on a grid of `bits` (quantized at other bits, not at all, or not finite).
+    values: (..., n) float; bits: 2 to 8. Returns codes: (..., n) int8 and scale: (..., 1) float32, with
+    dequantize(codes, scale).to(values.dtype) == values. Raises ValueError for values that are not on a grid of `bits`
+    (quantized at other bits, not at all, or not finite).
     """
     if values.dtype == torch.float64:
         values = values.float()  # exact: the quantizer computes in float32
@@ -126,10 +123,8 @@ class QuantizedKVLayer(CacheLayerMixin):
 class QuantizedKVCache(Cache):
     """`past_key_values` for a model of ours: each layer at the `kv_bits` that its `attn.c_attn` has now.
 
-    Layers at 16 or 32 bits stay float, as in transformers' DynamicCache.
-
-    Args:
-        config: `model.config`; change the bits of the model, and a new cache is needed (an old one refuses to work).
+    Layers at 16 or 32 bits stay float, as in transformers' DynamicCache. config: `model.config`; change the bits of
+    the model, and a new cache is needed (an old one refuses to work).
     """
 
     def __init__(self, config):
@@ -140,8 +135,5 @@ class QuantizedKVCache(Cache):
 
 def cache_bytes(cache):
     """Bytes of the tensors that a QuantizedKVCache or a DynamicCache holds."""
-    tensors = []
-    for layer in cache.layers:
-        quantized = isinstance(layer, QuantizedKVLayer)
-        tensors += (layer.codes, layer.scale) if quantized else (layer.keys, layer.values)
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    kept = [(x.codes, x.scale) if isinstance(x, QuantizedKVLayer) else (x.keys, x.values) for x in cache.layers]
+    return sum(tensor.nbytes for tensors in kept for tensor in tensors if tensor is not None)

@@ -48,15 +48,9 @@ def codes_as_float(x, scale):
 
 
 def quantize(x, bits):
-    """Integer codes and scale.
+    """Integer codes and scale of x: (..., n) float, one scale per row. Raises ValueError for bits outside 2..8.
 
-    Args:
-        x: (..., n) float tensor, one scale per row.
-        bits: 2 to 8.
-    Returns:
-        codes: (..., n) int8 in -qmax..qmax; scale: (..., 1) float32, so that x ~ codes * scale.
-    Raises:
-        ValueError: bits outside 2..8.
+    Returns codes: (..., n) int8 in -qmax..qmax, and scale: (..., 1) float32, so that x ~ codes * scale.
     """
     check_bits(bits, QUANTIZED_BITS)
     x = x.detach()
@@ -88,13 +82,8 @@ class _FakeQuantize(torch.autograd.Function):
 def fake_quantize(x, bits):
     """Quantize and dequantize the rows of `x`; the gradient is the identity (STE).
 
-    Args:
-        x: (..., n) float tensor: (out, in) weights or (batch, seq, hidden) activations.
-        bits: 2 to 8, or 16 / 32 which return `x` itself.
-    Returns:
-        (..., n), dtype of x.
-    Raises:
-        ValueError: other bits.
+    x: (..., n) float: (out, in) weights or (batch, seq, hidden) activations; bits: 2 to 8, or 16 / 32, which return
+    `x` itself. Returns (..., n) in the dtype of x. Raises ValueError for other bits.
     """
     if check_bits(bits) in FLOAT_BITS:
         return x
@@ -120,9 +109,7 @@ def fake_quantize_kv_(qkv, bits):
     One scale per token for K and one for V, shared by the heads, as LLM-QAT does before its head split. This is where
     K and V are produced, so a cache that stores them never quantizes a token twice.
 
-    Args:
-        qkv: (tokens, 3 * hidden) float tensor.
-        bits: 2 to 8, or 16 / 32 which return `qkv` itself.
+    qkv: (tokens, 3 * hidden) float; bits: 2 to 8, or 16 / 32 or None, which return `qkv` itself.
     """
     if bits is None or bits in FLOAT_BITS:
         return qkv

@@ -74,10 +74,9 @@ def build_features(examples, split, source, tokenizer, data_args, training_args,
 
 def make_collator(tokenizer, data_args, max_positions):
     """Pads to the longest of the batch, or to max_seq_length."""
-    if data_args.pad_to_max_length:
-        length = min(data_args.max_seq_length, max_positions)
-        return DataCollatorWithPadding(tokenizer, padding="max_length", max_length=length)
-    return DataCollatorWithPadding(tokenizer)
+    length = min(data_args.max_seq_length, max_positions)
+    padding = {"padding": "max_length", "max_length": length} if data_args.pad_to_max_length else {}
+    return DataCollatorWithPadding(tokenizer, **padding)
 
 
 def make_metric():
@@ -116,9 +115,6 @@ def trainer_arguments(model, tokenizer, data_args, training_args, examples, feat
 def load_features(model, tokenizer, model_args, data_args, training_args):
     """({split: examples}, {split: token windows}, {split: source and checksum}) of the splits that the run reads."""
     examples, sources = load_data(data_args, needed_splits(training_args), model_args)
-    positions = model.config.max_position_embeddings
-    features = {
-        split: build_features(rows, split, sources[split], tokenizer, data_args, training_args, positions)
-        for split, rows in examples.items()
-    }
+    rest = (tokenizer, data_args, training_args, model.config.max_position_embeddings)
+    features = {split: build_features(rows, split, sources[split], *rest) for split, rows in examples.items()}
     return examples, features, sources

@@ -22,12 +22,7 @@ _NESTED = '{"data": [{"title", "paragraphs": [{"context", "qas": [{"id", "questi
 _FORMS = f'the official SQuAD form {_NESTED}, or rows {_FLAT_ROW} as a list, as {{"data": [...]}} or one a line'
 
 
-class _Missing:
-    def __repr__(self):
-        return "missing"
-
-
-_MISSING = _Missing()
+_MISSING = type("Missing", (), {"__repr__": lambda self: "missing"})()  # in place of a value
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 

@@ -14,11 +14,8 @@ class TrainingArguments(transformers.TrainingArguments):
     """transformers' TrainingArguments on the device that there is, with a default metric that the scripts have.
 
     A machine without accelerator runs on its CPU without being told (--use_cpu): several processes are one run there
-    too (gloo), and --bf16 works.
-
-    Raises:
-        UserError: half precision that the device does not have, processes that would not be one run, a best model or a
-            learning rate that follows an evaluation that never happens, an unknown metric.
+    too (gloo), and --bf16 works. Raises UserError: half precision that the device does not have, processes that would
+    not be one run, a best model among evaluations that never happen, an unknown metric.
     """
 
     metrics = ("f1", "exact_match", "loss")  # of an evaluation; the first one chooses the best model

@@ -251,11 +251,9 @@ def saving(folder):
         weights, config = os.path.join(scratch, WEIGHTS_NAME), os.path.join(scratch, CONFIG_NAME)
         with open(weights, "rb") as file:
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
-        with open(config, encoding="utf-8") as file:
-            content = json.load(file) | {rules.CHECKSUM: checksum}
+        content = read_json(config) | {rules.CHECKSUM: checksum}
         with open(config, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, sort_keys=True)
-            file.write("\n")
+            file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
         files = sorted(os.listdir(scratch), key=lambda name: (name == CONFIG_NAME, name))
         for path in [*(os.path.join(scratch, file) for file in files), scratch]:
             _sync(path)

@@ -22,34 +22,27 @@ class PretrainedMixin:
     def from_pretrained(cls, name_or_path, *, base_model_name_or_path=None, dtype=None, **kwargs):
         """Load a checkpoint of this class, or stock GPT-2 weights; see checkpoint.py for what is checked.
 
-        Args:
-            name_or_path: folder or hub name.
-            base_model_name_or_path: where the frozen base of an adapter checkpoint lies, if not where it was trained.
-            dtype: what the model is cast to after it was loaded in float32 (None: float32).
-            kwargs: cache_dir, revision, token for the hub; other keys (num_labels, attn_implementation, dropout
-                probabilities) override the config.
-        Raises:
-            ValueError: other architecture, a faulty config.json, missing, truncated, foreign or non-finite weights,
-                a base that is not the one the adapters were trained on. OSError: nothing there.
+        name_or_path: folder or hub name; base_model_name_or_path: where the frozen base of an adapter checkpoint lies,
+        if not where it was trained; dtype: what the model is cast to after it was loaded in float32 (None: float32);
+        kwargs: cache_dir, revision, token for the hub; other keys (num_labels, attn_implementation, dropout
+        probabilities) override the config. Raises OSError: nothing there; ValueError: other architecture, a faulty
+        config.json, missing, truncated, foreign or non-finite weights, a base that the adapters were not trained on.
         """
         name, hub = os.fspath(name_or_path), {key: kwargs.pop(key, None) for key in ("cache_dir", "revision", "token")}
         dtypes = {str(kind).removeprefix("torch."): kind for kind in FLOAT_DTYPES}
         if dtype not in (None, *dtypes, *dtypes.values()):
             raise UserError(f"dtype = {dtype!r}: allowed are {', '.join(dtypes)}")
         attention = {key: kwargs.pop(key) for key in ("attn_implementation",) if key in kwargs}
-        wrong = {key: value for key, value in kwargs.items() if key not in RULES or not RULES[key][0](value)}
-        refuse(
-            "from_pretrained",
-            [f"{key} = {value!r}: {RULES[key][1] if key in RULES else 'no option'}" for key, value in wrong.items()],
-        )
+        wrong = [key for key, value in kwargs.items() if key not in RULES or not RULES[key][0](value)]
+        allowed = {key: RULES[key][1] if key in RULES else "no option" for key in wrong}
+        refuse("from_pretrained", [f"{key} = {kwargs[key]!r}: {allowed[key]}" for key in wrong])
         checkpoint = open_checkpoint(name, hub)
         fields, state = checkpoint.fields | kwargs, checkpoint.state
         if "num_labels" in kwargs:
             fields = {key: value for key, value in fields.items() if key not in ("id2label", "label2id")}
-        base_name = fields.get("base_model_name_or_path")
-        if base_name:
+        base = None
+        if fields.get("base_model_name_or_path"):
             base = open_base(checkpoint, base_model_name_or_path, hub)
-            base_name = base.name
             state = {key: tensor for key, tensor in base.state.items() if is_base(key)} | state
         try:
             with no_init_weights():
@@ -60,9 +53,9 @@ class PretrainedMixin:
             take_codes(model, state)
             model.set_bit_config(fields.get("bit_config"))
         model._load_complete(state, name, checkpoint.own)
-        if base_name and (found := model.base_checksum()) != fields["base_checksum"]:
+        if base and (found := model.base_checksum()) != fields["base_checksum"]:
             raise UserError(
-                f"{name}: trained on a base with checksum {fields['base_checksum'][:16]}..., but {base_name} has "
+                f"{name}: trained on a base with checksum {fields['base_checksum'][:16]}..., but {base.name} has "
                 f"{found[:16]}...; adapters do not fit other weights: say where their base is with "
                 "--base_model_name_or_path"
             )
@@ -88,10 +81,9 @@ class PretrainedMixin:
             for head in {name.rpartition(".")[0] for name in missing if not is_base(name)}:
                 self._init_weights(self.get_submodule(head))
             missing = [name for name in missing if is_base(name)]
-        if missing:
-            raise UserError(f"{source}: weights are missing: {', '.join(missing[:3])} ({len(missing)} in all)")
-        if unexpected:
-            raise UserError(f"{source}: not part of the model: {', '.join(unexpected[:3])} ({len(unexpected)} in all)")
+        for fault, names in (("weights are missing", missing), ("not part of the model", unexpected)):
+            if names:
+                raise UserError(f"{source}: {fault}: {', '.join(names[:3])} ({len(names)} in all)")
 
     def set_base(self, name_or_path):
         """Make checkpoints refer to this frozen base (name or path, commit, checksum) instead of containing it.

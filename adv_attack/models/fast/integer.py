@@ -29,12 +29,7 @@ logger = logging.getLogger(__name__)
 def pack_int4(codes):
     """Two codes a byte: the first half of a row in the low four bits, the second half in the high four.
 
-    Args:
-        codes: (..., n) int8 in -8..7.
-    Returns:
-        (..., ceil(n / 2)) uint8; with n odd the last high half is 0.
-    Raises:
-        ValueError: a code needs more than four bits.
+    codes: (..., n) int8 in -8..7, else ValueError -> (..., ceil(n / 2)) uint8; with n odd the last high half is 0.
     """
     if codes.numel() and (codes.amin() < -8 or codes.amax() > 7):
         raise UserError(f"codes from {codes.amin().item()} to {codes.amax().item()} do not fit in four bits (-8..7)")
@@ -56,11 +51,8 @@ def unpack_int4(packed, n):
 def quantize_rows(x, bits, lora_A=None, scaling=1.0):
     """Codes of the tokens, and what the LoRA branch has to do with their unquantized values.
 
-    Args:
-        x: (tokens, in); bits: 2 to 8; lora_A: (r, in) or None.
-    Returns:
-        codes: (tokens, in) int8 and scale: (tokens, 1) as of `quantization.quantize`;
-        low_rank: (tokens, r), scaling * x A^T, with r = 0 without lora_A.
+    x: (tokens, in); bits: 2 to 8; lora_A: (r, in) or None. Returns codes: (tokens, in) int8 and scale: (tokens, 1) as
+    of `quantization.quantize`, and low_rank: (tokens, r), scaling * x A^T, with r = 0 without lora_A.
     """
     scale = row_scale(x, bits)
     codes = codes_as_float(x, scale).to(torch.int8)
@@ -72,9 +64,8 @@ def quantize_rows(x, bits, lora_A=None, scaling=1.0):
 def finish_rows(acc, row_scales, column_scale, bias, low_rank, lora_Bt, kv_bits, out):
     """out = acc * row_scales * column_scale + bias + low_rank B^T, with K and V fake-quantized at `kv_bits`.
 
-    Args:
-        acc: (tokens, out) int32; row_scales: (tokens, 1); column_scale, bias: (out,) float32; low_rank: (tokens, r);
-        lora_Bt: (r, out) or None; out: (tokens, out).
+    acc: (tokens, out) int32; row_scales: (tokens, 1); column_scale, bias: (out,) float32; low_rank: (tokens, r);
+    lora_Bt: (r, out) or None; out: (tokens, out).
     """
     torch.addcmul(bias, acc.float().mul_(column_scale), row_scales, out=out)
     if lora_Bt is not None:
@@ -100,10 +91,8 @@ def is_supported(device, inp, out):
     rows[::2, 1::2] = -127
     columns[1::2] = -127
     try:
-        exact = torch.equal(
-            torch._int_mm(rows, columns.t()).long().cpu(), rows.cpu().long() @ columns.cpu().long().t()
-        )
-        reason = "" if exact else "its sums are not exact"
+        found, expected = torch._int_mm(rows, columns.t()).long().cpu(), rows.cpu().long() @ columns.cpu().long().t()
+        reason = "" if torch.equal(found, expected) else "its sums are not exact"
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
     if reason:
@@ -116,8 +105,7 @@ def integer_linear(x, codes, scale, bias, a_bits, lora=None, kv_bits=None):
 
     Args:
         x: (tokens, in) activations; codes: (out, in) int8 and scale: (out, 1) float32 of the weight; bias: (out,).
-        a_bits: bits of x, 2 to 8.
-        lora: (A, B, scaling) adds scaling * x A^T B^T, with x unquantized.
+        a_bits: bits of x, 2 to 8; lora: (A, B, scaling) adds scaling * x A^T B^T, with x unquantized.
         kv_bits: quantize K and V, the last two thirds of the output.
     Returns:
         (tokens, out) in x's dtype, or in the autocast dtype under autocast (codes and rescale stay float32).

@@ -103,13 +103,7 @@ def gelu(x):
 
 
 def causal_attention(query, key, value, scaling):
-    """softmax(scaling * q k^T) v, token i seeing tokens 0..i.
-
-    Args:
-        query, key, value: (batch, heads, seq, 64).
-    Returns:
-        (batch, seq, heads, 64).
-    """
+    """softmax(scaling * q k^T) v, token i seeing 0..i. Three (batch, heads, seq, 64) -> (batch, seq, heads, 64)."""
     batch, heads, seq, _ = query.shape
     padded, threads = -(-seq // CHUNK) * CHUNK, torch.get_num_threads()
     out, scratch = query.new_empty(batch, seq, heads, HEAD_SIZE), query.new_empty(threads, HEAD_SIZE + BLOCK, padded)
