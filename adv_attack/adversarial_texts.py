@@ -41,10 +41,8 @@ def load_attacks(folders, model, tokenizer, samples):
             raise UserError(f"{folder}: a second attack at {name}; give one a precision")
         first = next(iter(attacks.values()), attack)
         if attacked_texts(attack) != attacked_texts(first):
-            raise UserError(
-                f"{folder}: attacked other texts or labels than {folders[0]} (--num_samples, --start_index, the data, "
-                "--max_seq_length)"
-            )
+            flags = "(--num_samples, --start_index, the data, --max_seq_length)"
+            raise UserError(f"{folder}: attacked other texts or labels than {folders[0]} {flags}")
         if settings["tokenizer_sha256"] != checksums[1]:
             raise UserError(
                 f"{folder}: attacked the tokens of a tokenizer with checksum {settings['tokenizer_sha256'][:16]}..., "
@@ -98,13 +96,9 @@ def accuracies(correct, clean):
         any sample; "..._clean_right": the same among the inputs that are right without an attack}.
     """
     # Every sample of a clean-wrong input would have to be wrong too for this to be implied, so it is said.
-    single, best = correct[:, 0] & clean, correct.all(1) & clean
-    return {
-        "single": accuracy_row(single),
-        "single_clean_right": accuracy_row(single[clean]),
-        "best_of_n": accuracy_row(best),
-        "best_of_n_clean_right": accuracy_row(best[clean]),
-    }
+    rows = {"single": correct[:, 0] & clean, "best_of_n": correct.all(1) & clean}
+    right = {f"{name}_clean_right": accuracy_row(row[clean]) for name, row in rows.items()}
+    return {name: accuracy_row(row) for name, row in rows.items()} | right
 
 
 def edit_distance(first, second):
@@ -125,7 +119,7 @@ def text_quality(reference, tokenizer, texts, adversarial, max_length, batch_siz
     Returns: {"token_error_rate": edit distance of tokens / original tokens (percent); "perplexity": of all tokens but
         each text's first; "similarity": mean idf-weighted BERTScore recall under the reference model, 1 if identical}.
     """
-    tokens, edits, nll, counted, alike = encode(tokenizer, adversarial, max_length), 0, 0.0, 0, []
+    tokens, nll, counted, alike = encode(tokenizer, adversarial, max_length), 0.0, 0, []
     edits = sum(edit_distance(text["tokens"], ids) for text, ids in zip(texts, tokens, strict=True))
     order = sorted(range(len(texts)), key=lambda index: len(tokens[index]))
     for first in range(0, len(order), batch_size):
@@ -135,11 +129,10 @@ def text_quality(reference, tokenizer, texts, adversarial, max_length, batch_siz
         weights = pad_right([texts[index]["idf"] for index in chosen], 0.0)[0].to(reference.device)
         ids, lengths, old, old_lengths = (tensor.to(reference.device) for tensor in (ids, lengths, old, old_lengths))
         embedding = reference.transformer.wte.weight
-        hidden = hidden_states(reference, embedding[ids])
+        hidden, before = hidden_states(reference, embedding[ids]), hidden_states(reference, embedding[old])
         losses = gbda.tied_soft_negative_log_likelihood(hidden, embedding[ids], embedding, lengths)
         nll += float((losses * (lengths - 1)).sum())
         counted += int((lengths - 1).sum())
-        before = hidden_states(reference, embedding[old])
         own = gbda.similarity(before, before, weights, old_lengths)
         score = gbda.similarity(before, hidden, weights, old_lengths, lengths)
         alike += (score / own)[own > 0].tolist()

@@ -1,4 +1,4 @@
-"""What the attack and the evaluations share: flags and loading of a trained classifier, configs, small statistics."""
+"""What the attack and the evaluations share: flags and loading of a trained classifier and its reference model."""
 
 import dataclasses
 
@@ -25,9 +25,8 @@ def load_classifier(model_args, tokenizer):
     """The trained classifier, in evaluation mode and without gradients of its own weights."""
     model = open_model(QuantGPT2ForSequenceClassification, model_args, tokenizer)
     if model.config.architectures != ["QuantGPT2ForSequenceClassification"]:
-        raise UserError(
-            f"{model_args.model_name_or_path}: not a classifier of text_classification.py; train one first (train.sh)"
-        )
+        name = model_args.model_name_or_path
+        raise UserError(f"{name}: not a classifier of text_classification.py; train one first (train.sh)")
     model.set_execution(model_args.execution)
     return model.requires_grad_(False).eval().to(DEVICE)
 

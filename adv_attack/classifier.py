@@ -52,12 +52,9 @@ def hidden_states(model, embeds):
 
 
 def last_position_logits(model, lengths, embeds):
-    """Class logits read at the last position of each text.
-
-    Upstream's own pooling takes the last column of inputs_embeds, padding included. Here the lengths say it.
+    """Class logits (N, classes) at the last position of each text: upstream takes that of the padding.
 
     Args: lengths (N,); embeds (N, T, H): token embeddings, padded on the right.
-    Returns: (N, classes).
     """
     hidden = hidden_states(model, embeds)
     return model.score(hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1])
@@ -87,10 +84,6 @@ def accuracy_row(correct):
     hits, number = int(sum(map(bool, correct))), len(correct)
     if not number:
         return {"n": 0, "correct": 0, "accuracy": None, "interval": None}
-    low, high = binomtest(hits, number).proportion_ci(0.95, method="wilson")
-    return {
-        "n": number,
-        "correct": hits,
-        "accuracy": 100 * hits / number,
-        "interval": [100 * float(low), 100 * float(high)],
-    }
+    interval = binomtest(hits, number).proportion_ci(0.95, method="wilson")
+    percent = {"accuracy": 100 * hits / number, "interval": [100 * float(bound) for bound in interval]}
+    return {"n": number, "correct": hits, **percent}

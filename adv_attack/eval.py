@@ -23,7 +23,7 @@ from common.loading import load_tokenizer, resolve_configs
 from common.record import relative_path, run_record, write_json_atomic, write_text_atomic
 from common.resuming import run_lock
 from common.script import plain_errors, setup_logging
-from common.statistics import markdown_table
+from common.statistics import markdown_table, with_interval
 from models.errors import UserError
 
 CAPTION = (
@@ -49,11 +49,10 @@ def evaluate_attack(name, attack, configs, model, reference, tokenizer, samples,
     """Rows of one attack: clean, initial and optimized texts at every config. cache: {(kind, config): booleans}."""
     texts, length = attack["texts"], attack["settings"]["max_seq_length"]
     kinds = {"clean": "text", "initial Theta": "initial_samples", "optimized": "samples"}
-    singles = {
-        kind: [text["text"] if key == "text" else text[key][0] for text in texts] for kind, key in kinds.items()
-    }
-    quality = {kind: text_quality(reference, tokenizer, texts, ones, length) for kind, ones in singles.items()}
-    rows = []
+    rows, quality = [], {}
+    for kind, key in kinds.items():
+        singles = [text["text"] if key == "text" else text[key][0] for text in texts]
+        quality[kind] = text_quality(reference, tokenizer, texts, singles, length)
     for config, resolved in configs.items():
         with model.at_bits(resolved):
             for kind, key in kinds.items():
@@ -70,8 +69,7 @@ def cell(row):
     """ "63.2 [60.1, 66.2] of 500", or a dash."""
     if row is None or row["accuracy"] is None:
         return "-"
-    low, high = row["interval"]
-    return f"{row['accuracy']:.1f} [{low:.1f}, {high:.1f}] of {row['n']}"
+    return f"{with_interval(row['accuracy'], row['interval'], 1)} of {row['n']}"
 
 
 def table_lines(rows, samples, reference):
@@ -80,14 +78,11 @@ def table_lines(rows, samples, reference):
     best = f"best of {samples}"
     header = ["attack", "inference", "texts", "single, all", "single, right", f"{best}, all", f"{best}, right"]
     header += ["token error %", "perplexity", "similarity"]
-    cells = [
-        [row["attack"], row["inference"], row["texts"], *(cell(row.get(score)) for score in scores)]
-        + [
-            "-" if row[key] is None else f"{row[key]:.{digits}f}"
-            for key, digits in (("token_error_rate", 1), ("perplexity", 1), ("similarity", 3))
-        ]
-        for row in rows
-    ]
+    digits, cells = {"token_error_rate": 1, "perplexity": 1, "similarity": 3}, []
+    for row in rows:
+        quality = ["-" if row[key] is None else f"{row[key]:.{number}f}" for key, number in digits.items()]
+        found = [cell(row.get(score)) for score in scores]
+        cells.append([row["attack"], row["inference"], row["texts"], *found, *quality])
     return [*markdown_table(header, cells), "", CAPTION.format(n=samples, reference=reference)]
 
 

@@ -32,10 +32,7 @@ def gumbel_noise(shape, generator):
 
 
 def gumbel_softmax_sample(theta, noise, tau=1.0):
-    """Relaxed samples softmax((theta + noise) / tau).
-
-    Args: theta (..., T, V); noise broadcastable to it, for example (S, T, V) Gumbel draws; tau: temperature.
-    """
+    """Relaxed samples softmax((theta + noise) / tau) of theta (..., T, V); noise: Gumbel draws, broadcastable."""
     return torch.softmax((theta + noise) / tau, -1)
 
 
@@ -59,17 +56,9 @@ def negative_cross_entropy(logits, label):
     return logits.log_softmax(-1).gather(-1, index).squeeze(-1).mean(-1)
 
 
-def soft_negative_log_likelihood(coeffs, lm_logits):
-    """Fluency: mean over t >= 1 of -sum_v pi_t(v) log p(v | soft prefix), with p_t from the logits at t - 1.
-
-    Args: coeffs (..., T, V) token probabilities pi; lm_logits (..., T, V) of the language model at the same positions.
-    Returns: (...), nats per token.
-    """
-    return -(coeffs[..., 1:, :] * lm_logits[..., :-1, :].log_softmax(-1)).sum(-1).mean(-1)
-
-
 def tied_soft_negative_log_likelihood(hidden, embeds, embedding, lengths=None):
-    """`soft_negative_log_likelihood` of a language model whose head is its embedding, without the (T, V) product.
+    """Fluency: mean over t >= 1 of -sum_v pi_t(v) log p(v | soft prefix), with p_t read at t - 1, in nats per token,
+    under a language model whose head is its embedding, without the (T, V) product.
 
     Since log p(v) = h . E_v - logsumexp and sum_v pi(v) E_v is the model's own input x = pi @ E, the sum over v of
     pi(v) log p(v) is h . x - logsumexp: only the logsumexp runs over the vocabulary.
@@ -79,10 +68,7 @@ def tied_soft_negative_log_likelihood(hidden, embeds, embedding, lengths=None):
         lengths (...) or None: valid positions, broadcastable to the leading axes.
     Returns: (...); 0 for texts of one token.
     """
-    states, inputs = (
-        hidden[..., :-1, :].contiguous(),
-        embeds[..., 1:, :],
-    )  # contiguous: one product, not a batch of them
+    states, inputs = hidden[..., :-1, :].contiguous(), embeds[..., 1:, :]  # contiguous: one product, not a batch
     nll = (states @ embedding.t()).float().logsumexp(-1) - (states * inputs).float().sum(-1)  # (..., T - 1)
     if lengths is None:
         return nll.mean(-1)

@@ -85,11 +85,9 @@ class Attack:
             lengths=lengths.to(self.device),
             labels=torch.tensor([text["label"] for text in texts], device=self.device),
             idf=self.idf[ids].to(self.device),
-            generators=[
-                torch.Generator(self.device).manual_seed(number_seed(self.args.seed, "noise", text["index"]))
-                for text in texts
-            ],
         )
+        seeds = [number_seed(self.args.seed, "noise", text["index"]) for text in texts]
+        batch.generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
         with torch.no_grad():
             batch.hidden = hidden_states(self.reference, self.reference.transformer.wte(batch.ids))
         return batch

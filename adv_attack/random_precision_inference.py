@@ -32,7 +32,7 @@ from common.loading import load_tokenizer, resolve_configs
 from common.record import atomic_path, plot_caption, relative_path, run_record, write_json_atomic, write_text_atomic
 from common.resuming import run_lock
 from common.script import plain_errors, setup_logging
-from common.statistics import markdown_table, mcnemar
+from common.statistics import markdown_table, mcnemar, with_interval
 from models.bitsandbytes_ptq import LABELS, METHODS, quantize_with_bitsandbytes
 from models.errors import UserError
 
@@ -69,10 +69,8 @@ def check_args(args):
 
 
 def matrix_summary(matrix):
-    """What a square attack x inference matrix says about random precision inference.
+    """What a square attack x inference matrix of accuracies (P, P) says about random precision inference.
 
-    Args: matrix (P, P): accuracies of attack precision i at inference precision i on the diagonal; rows or columns may
-        be the attack's, the summary is the same.
     Returns: {"mean_all": expected accuracy when attacker and defender draw independently and uniformly,
         "mean_diagonal": when the attacker knows the precision, "mean_off_diagonal": when the draws never agree}.
     """
@@ -80,11 +78,8 @@ def matrix_summary(matrix):
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise UserError(f"transfer matrix of shape {matrix.shape}: rows and columns must be the same precisions")
     size, diagonal, total = len(matrix), float(np.trace(matrix)), float(matrix.sum())
-    return {
-        "mean_all": total / size**2,
-        "mean_diagonal": diagonal / size,
-        "mean_off_diagonal": (total - diagonal) / (size**2 - size) if size > 1 else None,
-    }
+    apart = (total - diagonal) / (size**2 - size) if size > 1 else None
+    return {"mean_all": total / size**2, "mean_diagonal": diagonal / size, "mean_off_diagonal": apart}
 
 
 def draw_precisions(count, shape, seed, repetition):
@@ -109,34 +104,31 @@ def random_precision(correct, reference, repetitions, seed):
     outcomes = np.array(
         [correct[draw_precisions(len(correct), queries, seed, number), *index] for number in range(repetitions)]
     )  # (repetitions, texts, samples)
-    singles, best = 100 * outcomes[:, :, 0].mean(1), 100 * outcomes.all(2).mean(1)
+    first, singles, best = outcomes[:, :, 0], 100 * outcomes[:, :, 0].mean(1), 100 * outcomes.all(2).mean(1)
     result = {
         "expected": 100 * float(correct[:, :, 0].mean()),
-        "mean": float(singles.mean()),
-        "std": float(singles.std(ddof=1)),
-        "low": float(singles.min()),
-        "high": float(singles.max()),
-        "repeated_queries": accuracy_row(outcomes[:, :, 0].all(0)),
-        "best_of_n_mean": float(best.mean()),
-        "best_of_n_std": float(best.std(ddof=1)),
-        "first": accuracy_row(outcomes[0, :, 0]),
+        **{"mean": float(singles.mean()), "std": float(singles.std(ddof=1))},
+        **{"low": float(singles.min()), "high": float(singles.max())},
+        "repeated_queries": accuracy_row(first.all(0)),
+        **{"best_of_n_mean": float(best.mean()), "best_of_n_std": float(best.std(ddof=1))},
+        "first": accuracy_row(first[0]),
         "mcnemar": None,
     }
     if reference is not None:
-        pvalues = [mcnemar(reference[:, 0], outcome[:, 0]) for outcome in outcomes]
+        right = reference[:, 0]
+        pvalues = [mcnemar(right, outcome) for outcome in first]
         result["mcnemar"] = {
-            "first": pvalues[0],
-            "median": float(np.median(pvalues)),
-            "only_full_precision_right": int((reference[:, 0] & ~outcomes[0, :, 0]).sum()),
-            "only_random_right": int((~reference[:, 0] & outcomes[0, :, 0]).sum()),
+            **{"first": pvalues[0], "median": float(np.median(pvalues))},
+            "only_full_precision_right": int((right & ~first[0]).sum()),
+            "only_random_right": int((~right & first[0]).sum()),
         }
     return result
 
 
 def measure(model_args, tokenizer, model, attacks, configs, args, samples):
     """{column: {row: (texts, samples) bool}}: right answers; what is wrong without attack is wrong throughout."""
-    texts = next(iter(attacks.values()))["texts"]
-    length = next(iter(attacks.values()))["settings"]["max_seq_length"]
+    first = next(iter(attacks.values()))
+    texts, length = first["texts"], first["settings"]["max_seq_length"]
 
     def column(target):
         clean = correct_table(target, tokenizer, texts, "text", samples, length)
@@ -156,22 +148,17 @@ def measure(model_args, tokenizer, model, attacks, configs, args, samples):
 
 def transfer_matrix(columns, kind):
     """{row: {column: accuracy row}}; kind: "single" (first sample) or "best_of_n" (all samples must be right)."""
+
+    def cell(right):
+        return accuracy_row(right[:, 0] if kind == "single" else right.all(1))
+
     rows = next(iter(columns.values()))
-    return {
-        row: {
-            name: accuracy_row(table[row][:, 0] if kind == "single" else table[row].all(1))
-            for name, table in columns.items()
-        }
-        for row in rows
-    }
+    return {row: {name: cell(table[row]) for name, table in columns.items()} for row in rows}
 
 
 def draw_matrix(matrices, rpi, path, caption):
-    """Heat maps, single sample and best of N, with random precision inference as the last column.
-
-    Args: matrices: {title: of `transfer_matrix`}, single sample first; rpi: {row: of `random_precision`}; caption: the
-        title of all.
-    """
+    """Heat maps of matrices {title: of `transfer_matrix`}, single sample and best of N, with random precision
+    inference, rpi {row: of `random_precision`}, as the last column."""
     columns, rows = [*next(iter(next(iter(matrices.values())).values())), "RPI (mean)"], list(rpi)
     size = (2.2 + 0.95 * len(columns) * len(matrices), 1.7 + 0.36 * len(rows))
     figure, panels = plt.subplots(1, len(matrices), figsize=size, layout="constrained", sharey=True)
@@ -196,12 +183,9 @@ def draw_matrix(matrices, rpi, path, caption):
 
 def matrix_lines(title, matrix, rpi, key):
     """Markdown of one matrix."""
-    names = list(next(iter(matrix.values())))
-    cells = []
+    names, cells = list(next(iter(matrix.values()))), []
     for row, found in matrix.items():
-        texts = [
-            f"{one['accuracy']:.1f} [{one['interval'][0]:.1f}, {one['interval'][1]:.1f}]" for one in found.values()
-        ]
+        texts = [with_interval(one["accuracy"], one["interval"], 1) for one in found.values()]
         spread = rpi[row]["std" if key == "mean" else "best_of_n_std"]
         cells.append([row, *texts, f"{rpi[row][key]:.1f} ± {spread:.1f}"])
     return [f"**{title}**", "", *markdown_table(["attack \\ inference", *names, "RPI"], cells), ""]
@@ -251,20 +235,12 @@ def main():
     _lock = run_lock(args.output_dir)
     samples = args.best_of or min(attack["settings"]["gumbel_samples"] for attack in attacks.values())
     columns = measure(model_args, tokenizer, model, attacks, configs, args, samples)
-    matrices = {
-        "single sample": transfer_matrix(columns, "single"),
-        f"best of {samples} samples": transfer_matrix(columns, "best_of_n"),
-    }
-    rpi = {
-        row: random_precision(
-            np.array([columns[name][row] for name in members]),
-            columns[FULL_PRECISION][row] if FULL_PRECISION in columns else None,
-            args.repetitions,
-            args.seed,
-        )
-        for row in matrices["single sample"]
-    }
-    summary = {}
+    kinds = {"single sample": "single", f"best of {samples} samples": "best_of_n"}
+    matrices = {title: transfer_matrix(columns, kind) for title, kind in kinds.items()}
+    rpi, summary, full = {}, {}, columns.get(FULL_PRECISION, {})
+    for row in matrices["single sample"]:
+        correct = np.array([columns[name][row] for name in members])
+        rpi[row] = random_precision(correct, full.get(row), args.repetitions, args.seed)
     if all(name in attacks for name in members):  # the square part: every precision of the set was attacked
         for title, matrix in matrices.items():
             summary[title] = matrix_summary([[matrix[row][name]["accuracy"] for name in members] for row in members])

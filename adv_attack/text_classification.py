@@ -22,10 +22,7 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import (
-    DataCollatorWithPadding,
-    set_seed,
-)
+from transformers import DataCollatorWithPadding, set_seed
 
 from classifier import accuracy_row, encode, load_rows
 from common import arguments
@@ -37,7 +34,6 @@ from common.resuming import OutputFolder, input_checksums, run_settings
 from common.script import plain_errors, setup_logging
 from common.trainer import StepMeanTrainer
 from common.training_args import TrainingArguments
-from models.bit_config import short_name
 from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2ForSequenceClassification
 from text_data import check_labels, number_of_classes
@@ -77,14 +73,10 @@ class TextArguments:
 
 @dataclasses.dataclass
 class TrainingTextArguments(TextArguments):
-    """The texts, and the output folder."""
-
     overwrite_output_dir: bool = option(False, "start over in a used --output_dir; deletes its checkpoints")
 
 
 class ClassifierTrainingArguments(TrainingArguments):
-    """TrainingArguments with the metrics of `classification_metrics`."""
-
     metrics = ("accuracy", "accuracy_low", "accuracy_high", "loss")
 
 
@@ -134,10 +126,7 @@ def width_for_step(step, seed, bit_widths):
 
 
 class ClassificationTrainer(StepMeanTrainer):
-    """Trainer with random precision training, which also stops before a loss that is not finite is used.
-
-    Args: random_widths: the widths to draw from, None to train at the bits that are set.
-    """
+    """Trainer that stops at a loss that is not finite. random_widths: those of RPT; None: the bits that are set."""
 
     def __init__(self, *args, random_widths=None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -148,13 +137,9 @@ class ClassificationTrainer(StepMeanTrainer):
         bits = plain.config.bit_config
         if self.random_widths:
             bits = width_for_step(self.state.global_step, self.args.seed, self.random_widths)
-        with plain.at_bits(bits) as resolved:  # what is saved stands at the bits that were set
+        with plain.at_bits(bits):  # what is saved stands at the bits that were set
             loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"loss is {loss.item()} at step {self.state.global_step + 1} (bits: {short_name(resolved)}); try a "
-                "lower --learning_rate or --bf16 instead of --fp16"
-            )
+            self.stop_unless_finite(loss)
         return loss
 
 
@@ -171,10 +156,8 @@ def classification_metrics(prediction):
 def build_features(rows, tokenizer, max_length):
     """Token ids and labels of {"text", "label"} rows."""
     tokens = encode(tokenizer, [row["text"] for row in rows], max_length)
-    features = [
-        {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": row["label"]} for ids, row in zip(tokens, rows)
-    ]
-    return datasets.Dataset.from_list(features)
+    inputs = ({"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in tokens)
+    return datasets.Dataset.from_list([{**ids, "labels": row["label"]} for ids, row in zip(inputs, rows)])
 
 
 def run(trainer, folder, training_args, widths):
@@ -195,13 +178,11 @@ def run(trainer, folder, training_args, widths):
 
 def main():
     start = time.time()
-    model_args, data_args, training_args = parse_args(
-        ModelArguments, TrainingTextArguments, ClassifierTrainingArguments
-    )
+    groups = ModelArguments, TrainingTextArguments, ClassifierTrainingArguments
+    model_args, data_args, training_args = settings = parse_args(*groups)
     setup_logging(training_args)
     check_args(model_args, training_args)
-    settings = run_settings(model_args, data_args, training_args)
-    folder = OutputFolder(training_args, data_args.overwrite_output_dir, settings)
+    folder = OutputFolder(training_args, data_args.overwrite_output_dir, run_settings(*settings))
     set_seed(training_args.seed)
 
     evaluates = training_args.do_eval or training_args.eval_strategy != "no"

@@ -15,13 +15,10 @@ SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell lone ones, tokenizer
 
 
 def load_texts(*, dataset_name=None, dataset_config_name=None, files, splits, columns=("text", "label"), **hub):
-    """Rows of the splits that a run needs.
+    """{split: [{"text": str, "label": int}, ...]} of the splits that a run needs.
 
-    Args:
-        files: {split: path or None}; a local file goes before the hub.
-        columns: names of the text and the label column.
-        hub: cache_dir, token.
-    Returns: {split: [{"text": str, "label": int}, ...]}.
+    Args: files: {split: path or None}; a local file goes before the hub. columns: of text and label. hub: cache_dir,
+        token.
     Raises: ValueError naming file, line, key and what is allowed. FileNotFoundError.
     """
     rows = {}
@@ -88,9 +85,8 @@ def _check(row, place, columns):
         raise UserError(f"{place}: more fields than the header names, from {show(row[None][0])} on; quote texts")
     text, label = (row[key] for key in columns)
     if not isinstance(text, str) or not text.strip() or SURROGATE.search(text):
-        raise UserError(
-            f"{place}: {show(columns[0])} = {show(text)}: allowed is a text that is not empty, in valid Unicode"
-        )
+        allowed = "allowed is a text that is not empty, in valid Unicode"
+        raise UserError(f"{place}: {show(columns[0])} = {show(text)}: {allowed}")
     if isinstance(label, str) and re.fullmatch("[0-9]{1,9}", label):
         label = int(label)  # CSV knows only strings
     if type(label) is not int or label < 0:
@@ -128,6 +124,5 @@ def check_labels(rows, num_labels, source):
     """Raise ValueError for a label that the classifier does not have."""
     for number, row in enumerate(rows):
         if row["label"] >= num_labels:
-            raise UserError(
-                f"{source}, row {number + 1}: label {show(row['label'])}: the classifier has 0 to {num_labels - 1}"
-            )
+            found = f"{source}, row {number + 1}: label {show(row['label'])}"
+            raise UserError(f"{found}: the classifier has 0 to {num_labels - 1}")

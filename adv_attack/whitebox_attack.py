@@ -75,24 +75,14 @@ class AttackArguments:
 
 def check_args(args):
     """Refuse what cannot work, before anything is loaded."""
-    for flag, allowed in {
-        "adv_loss": ("cw", "ce"),
-        "constraint": CONSTRAINTS,
-        "candidate_tokens": ("all", "train"),
-    }.items():
+    choices = {"adv_loss": ("cw", "ce"), "constraint": CONSTRAINTS, "candidate_tokens": ("all", "train")}
+    for flag, allowed in choices.items():
         if getattr(args, flag) not in allowed:
             raise UserError(f"--{flag} {getattr(args, flag)}: allowed are {', '.join(allowed)}")
-    for flag in (
-        "num_samples",
-        "gumbel_batch",
-        "gumbel_samples",
-        "batch_texts",
-        "max_elements",
-        "candidate_min_count",
-    ):
+    for flag in "num_samples gumbel_batch gumbel_samples batch_texts max_elements candidate_min_count".split():
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} {getattr(args, flag)}: must be at least 1")
-    for flag in ("start_index", "num_iters", "lr", "initial_coeff", "kappa", "lam_sim", "lam_perp"):
+    for flag in "start_index num_iters lr initial_coeff kappa lam_sim lam_perp".split():
         if not (math.isfinite(getattr(args, flag)) and getattr(args, flag) >= 0):
             raise UserError(f"--{flag} {getattr(args, flag)}: must be a number that is not negative")
     if args.attack_bits in ("random", "eot") and len(set(args.precision_set)) < 2:
@@ -207,8 +197,7 @@ def main():
         return
     attack = Attack(model, reference, tokenizer, candidates, idf, list(precisions.values()), args)
     found, seconds = attack_all(attack, texts, args)
-    result = {"settings": settings, "texts": [found[position] for position in range(len(texts))]}
-    write_state(result_path, result)
+    write_state(result_path, {"settings": settings, "texts": [found[position] for position in range(len(texts))]})
     record = run_record(
         model=relative_path(model_args.model_name_or_path),
         bit_config={"attack_bits": args.attack_bits, "precisions": list(precisions)},

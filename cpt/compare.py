@@ -66,28 +66,17 @@ def spread(values):
 def summarize(label, records, steps, cost, mean_bits):
     """One row. records: those of its seeds."""
     metrics = [record["metrics"] for record in records]
-    names = [key.removeprefix("eval_f1_") for key in metrics[0] if key.startswith("eval_f1_")]
-    scores = {
-        name: {metric: spread([found[f"eval_{metric}_{name}"] for found in metrics]) for metric in METRICS}
-        for name in sorted(names)
-    }
-    return {
-        "training": label,
-        "runs": len(records),
-        "steps": steps,
-        "mean_bits": mean_bits,
-        "relative_cost": cost,
-        "scores": scores,
-    }
+    scores = {}
+    for name in sorted(key.removeprefix("eval_f1_") for key in metrics[0] if key.startswith("eval_f1_")):
+        scores[name] = {metric: spread([found[f"eval_{metric}_{name}"] for found in metrics]) for metric in METRICS}
+    row = {"training": label, "runs": len(records), "steps": steps, "mean_bits": mean_bits}
+    return row | {"relative_cost": cost, "scores": scores}
 
 
 def table(rows, metric):
     """Markdown: a row a training, a column a width."""
     names = sorted({name for row in rows for name in row["scores"]})
-    lines = [
-        f"| {METRICS[metric]} | runs | updates | " + " | ".join(names) + " | cost |",
-        "|---" * (len(names) + 4) + "|",
-    ]
+    lines = [f"| {METRICS[metric]} | runs | updates | {' | '.join(names)} | cost |", "|---" * (len(names) + 4) + "|"]
     for row in rows:
         cells = []
         for name in names:
@@ -101,11 +90,10 @@ def table(rows, metric):
 def script_command(runs, seeds, joint):
     """The command line of compare.sh, from the settings.txt that it left; without that, the one of this script."""
     try:
-        variables, flags = [], []
-        for line in (runs / "settings.txt").read_text(encoding="utf-8").splitlines():
-            (variables if len(variables) < 3 else flags).append(line)
+        lines = (runs / "settings.txt").read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return command_line()
+    variables, flags = lines[:3], lines[3:]
     values = dict(line.split("=", 1) for line in variables) | {"OUTPUT_DIR": str(runs), "SEEDS": " ".join(seeds)}
     values |= {"JOINT": joint} if joint else {}
     words = [f"{name}={shlex.quote(relative_path(value))}" for name, value in values.items() if value]
@@ -130,13 +118,14 @@ def main():
         cost, bits = found[0]["training_cost"]["total"], found[0]["cyclic"]["mean_bits"]
         rows.append(summarize(LABELS[kind], found, found[0]["steps"], cost, bits))
     if args.joint:
-        seeds = args.seeds if "SEED" in args.joint else args.seeds[:1]
-        names["joint"] = [f"joint_{seed}" for seed in seeds] if "SEED" in args.joint else ["joint"]
-        settings = load(Path(args.joint.replace("SEED", seeds[0])) / "run_settings.json")
-        found = [load(args.runs / name / "record.json") for name in names["joint"]]
+        names["joint"] = [f"joint_{seed}" for seed in args.seeds] if "SEED" in args.joint else ["joint"]
+        settings = load(Path(args.joint.replace("SEED", args.seeds[0])) / "run_settings.json")
+        records |= {name: load(args.runs / name / "record.json") for name in names["joint"]}
+        found = [records[name] for name in names["joint"]]
         rows.append(summarize(LABELS["joint"], found, settings["max_steps"], joint_cost(settings), None))
 
-    training = records["cpt_" + args.seeds[0]]["training"]
+    first = records["cpt_" + args.seeds[0]]
+    training = first["training"]
     caption = (
         f"{training['max_steps']} updates of {training['windows_per_step']} windows, learning rate "
         f"{training['learning_rate']:g} ({training['lr_scheduler_type']}), seeds {' '.join(args.seeds)}: mean "
@@ -145,14 +134,14 @@ def main():
     )
     lines = [*table(rows, "exact_match"), "", *table(rows, "f1"), "", caption]
     print("\n".join(lines), flush=True)
-    records |= {name: load(args.runs / name / "record.json") for name in names.get("joint", ())}
-    first = records["cpt_" + args.seeds[0]]
     means = {
         f"{row['training']}, {name}, {label}": row["scores"][name][metric]["mean"]
         for row in rows
         for name in row["scores"]
         for metric, label in METRICS.items()
     }
+    sources = {relative_path(str(args.runs / name / "record.json")): record for name, record in records.items()}
+    sources = {path: {key: record.get(key) for key in ("command", "git")} for path, record in sources.items()}
     content = run_record(
         model=first["model"],
         bit_config=None,
@@ -164,10 +153,7 @@ def main():
         training=training,
         cyclic=first["cyclic"],
         rows=rows,
-        records={
-            relative_path(str(args.runs / name / "record.json")): {key: record.get(key) for key in ("command", "git")}
-            for name, record in records.items()
-        },
+        records=sources,
     )
     content["command"] = script_command(args.runs, args.seeds, args.joint)
     write_json_atomic(args.runs / "summary.json", content)

@@ -13,13 +13,12 @@ import matplotlib
 import torch
 
 from common.record import atomic_path, write_json_atomic
+from models.errors import UserError
 from models.modeling_gpt2_quant import QuantLinear
 from trainer_qa import QuestionAnsweringTrainer
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-
-from models.errors import UserError
 
 TENSORS = ("w", "a", "kv")
 PERIODS = ("real", "floor")
@@ -56,8 +55,7 @@ def cyclic_bit_width(step, total_steps, num_cyclic_period, min_bits, max_bits, p
         length = total_steps // num_cyclic_period
         position = step % length
     else:  # (t mod P) / P = (t * cycles mod total) / total
-        length = total_steps
-        position = step * num_cyclic_period % total_steps
+        length, position = total_steps, step * num_cyclic_period % total_steps
     return round(min_bits + 0.5 * (max_bits - min_bits) * (1 - math.cos(math.pi * position / length)))
 
 
@@ -67,13 +65,9 @@ def short_config(bits, cycle=TENSORS, fixed_bits=8):
 
 
 def write_schedule(bits, folder, caption, **settings):
-    """bits of every step -> schedule.json (with the settings) and schedule.png in `folder`.
-
-    caption: what the plot is of.
-    """
-    counts = {str(width): bits.count(width) for width in sorted(set(bits))}
+    """bits of every step -> schedule.json (with the settings) and schedule.png in `folder`. caption: of the plot."""
+    counts, mean = {str(width): bits.count(width) for width in sorted(set(bits))}, sum(bits) / len(bits)
     write_json_atomic(os.path.join(folder, "schedule.json"), {**settings, "steps_per_width": counts, "bits": bits})
-    mean = sum(bits) / len(bits)
     figure, axes = plt.subplots(figsize=(9, 2.6), layout="constrained")
     axes.step(range(len(bits)), bits, where="post", linewidth=1)
     axes.set(xlabel="optimizer step", ylabel="bits", title=f"{caption}: mean {mean:.2f} bits")

@@ -40,12 +40,10 @@ def standard_error(values):
 def improvements(starts, accuracies, window):
     """Training accuracy at both ends of every width, from LOWEST_BITS up.
 
-    Args:
-        starts: a list a width, of the accuracies of some batches before training; accuracies: a list a width, of those
-        of all steps; window: steps averaged at the end.
-    Returns:
-        [{"bits", "first", "last", "improvement", "standard_error"}]; the error is that of the improvement, from the
-        spread of the batches before training and of the last steps.
+    Args: a list a width: starts, accuracies of some batches before training; accuracies, those of all steps; window:
+        steps averaged at the end.
+    Returns: [{"bits", "first", "last", "improvement", "standard_error"}]; the error is that of the improvement, from
+        the spread of the batches before training and of the last steps.
     """
     rows = []
     for bits, (first, steps) in enumerate(zip(starts, accuracies, strict=True), LOWEST_BITS):
@@ -59,12 +57,10 @@ def improvements(starts, accuracies, window):
 def find_min_bits(rows, threshold, share):
     """The lowest width that improves by `share` of what the highest one does.
 
-    Args:
-        rows: of `improvements`; each gets "share" and "share_error" (first order). threshold: what the highest width
+    Args: rows: of `improvements`; each gets "share" and "share_error" (first order). threshold: what the highest width
         has to improve by, for the shares to mean something.
-    Returns:
-        (min_bits, clear): None where the highest width fails; clear where that width and all below it are at least
-        two standard errors away from the share.
+    Returns: (min_bits, clear): None where the highest width fails; clear where that width and all below it are at
+        least two standard errors away from the share.
     """
     highest = rows[-1]
     if highest["improvement"] <= max(threshold, 2 * highest["standard_error"]):
@@ -164,16 +160,12 @@ def report(starts, accuracies, window, threshold, share, folder, caption, write)
     for row in rows:
         values = [row.get(key) for key in ("first", "last", "improvement", "standard_error", "share", "share_error")]
         lines.append(f"| {row['bits']} | " + " | ".join("-" if v is None else f"{v:.3f}" for v in values) + " |")
+    highest = f"{rows[-1]['bits']} bits"
+    verdict = f"min_bits = {min_bits}: the lowest width with at least {share} of the improvement of {highest}"
     if min_bits is None:
         verdict = (
-            f"{rows[-1]['bits']} bits do not improve by more than {threshold} and two standard errors: within so few "
-            "steps no width can be told from another. Raise --range_test_steps or the batch, or try another "
-            "--learning_rate"
-        )
-    else:
-        verdict = (
-            f"min_bits = {min_bits}: the lowest width with at least {share} of the improvement of {rows[-1]['bits']} "
-            "bits"
+            f"{highest} do not improve by more than {threshold} and two standard errors: within so few steps no width "
+            "can be told from another. Raise --range_test_steps or the batch, or try another --learning_rate"
         )
     if min_bits and not clear:
         verdict += (
@@ -194,10 +186,8 @@ def plot(rows, accuracies, window, min_bits, path, caption):
     for number, (row, values) in enumerate(zip(rows, accuracies, strict=True)):
         ends = range(window, len(values) + 1)
         means = [statistics.fmean(values[end - window : end]) for end in ends]
-        label = f"{row['bits']} bits: {row['improvement']:+.3f}"
-        colour = plt.cm.viridis(1 - number / len(rows))
-        found = row["bits"] == min_bits
-        axes.plot(ends, means, color=colour, linewidth=3 if found else 1, label=label)
+        style = {"color": plt.cm.viridis(1 - number / len(rows)), "linewidth": 3 if row["bits"] == min_bits else 1}
+        axes.plot(ends, means, label=f"{row['bits']} bits: {row['improvement']:+.3f}", **style)
     axes.set(xlabel=f"optimizer step from the same start (mean of {window})", ylabel="start and end right")
     axes.set_title(caption, fontsize=10)
     axes.legend(loc="upper left", fontsize=8, frameon=False)

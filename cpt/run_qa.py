@@ -93,27 +93,22 @@ def check_args(cyclic_args, training_args):
         if not training_args.do_train or training_args.resume_from_checkpoint:
             raise UserError("--precision_range_test needs --do_train and starts afresh: no --resume_from_checkpoint")
         if not 2 <= cyclic_args.range_test_window <= cyclic_args.range_test_steps // 2:
-            raise UserError(
-                f"--range_test_window {cyclic_args.range_test_window}: allowed are 2 to half of --range_test_steps "
-                f"{cyclic_args.range_test_steps}"
-            )
+            window = f"--range_test_window {cyclic_args.range_test_window}"
+            raise UserError(f"{window}: allowed are 2 to half of --range_test_steps {cyclic_args.range_test_steps}")
         if not 0 < cyclic_args.range_test_share <= 1 or not cyclic_args.range_test_threshold >= 0:
             raise UserError(
                 f"--range_test_share {cyclic_args.range_test_share}, --range_test_threshold "
                 f"{cyclic_args.range_test_threshold}: allowed are above 0 up to 1, and 0 or more"
             )
         if widths[1] in FLOAT_BITS:
-            raise UserError(
-                f"--precision_range_test ends at the highest of --bit_widths: {widths[1]} is no such width"
-            )
+            where = "--precision_range_test ends at the highest of --bit_widths"
+            raise UserError(f"{where}: {widths[1]} is no such width")
     elif training_args.do_train:
         if training_args.max_steps < 1:
             raise UserError("--max_steps is missing: the cycles divide it")
         if not 1 <= cyclic_args.num_cyclic_period <= training_args.max_steps:
-            raise UserError(
-                f"--num_cyclic_period {cyclic_args.num_cyclic_period}: allowed is 1 to --max_steps "
-                f"{training_args.max_steps}, a cycle needs a step"
-            )
+            allowed = f"allowed is 1 to --max_steps {training_args.max_steps}, a cycle needs a step"
+            raise UserError(f"--num_cyclic_period {cyclic_args.num_cyclic_period}: {allowed}")
 
 
 def build_model(model_args, cyclic_args, training, tokenizer, to_config):
@@ -145,14 +140,12 @@ def make_schedule(cyclic_args, steps):
 
 def describe_training(schedule, cyclic_args, training_args):
     """What a record says about the training: its settings, and its cost by CPT's model."""
-    tensors = {
-        tensor: schedule if tensor in cyclic_args.cycle else [cyclic_args.fixed_bits] * len(schedule)
-        for tensor in TENSORS
-    }
+    fixed = [cyclic_args.fixed_bits] * len(schedule)
+    w_bits, a_bits = (schedule if tensor in cyclic_args.cycle else fixed for tensor in ("w", "a"))
     batch = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
     return {
         "cyclic": dataclasses.asdict(cyclic_args) | {"mean_bits": sum(schedule) / len(schedule)},
-        "training_cost": training_cost(tensors["w"], cyclic_args.gradient_bits, tensors["a"]),
+        "training_cost": training_cost(w_bits, cyclic_args.gradient_bits, a_bits),
         "training": {
             "max_steps": training_args.max_steps,
             "windows_per_step": batch,
@@ -165,33 +158,26 @@ def describe_training(schedule, cyclic_args, training_args):
 def run_range_test(trainer, cyclic_args, training_args, caption):
     """Train the widths and report; returns the metrics of the record."""
     starts, accuracies, seconds = trainer.train_widths(cyclic_args.range_test_window)
+    writes = trainer.is_world_process_zero()
+    limits = cyclic_args.range_test_window, cyclic_args.range_test_threshold, cyclic_args.range_test_share
     min_bits, lines = precision_range_test.report(
-        starts,
-        accuracies,
-        cyclic_args.range_test_window,
-        cyclic_args.range_test_threshold,
-        cyclic_args.range_test_share,
-        training_args.output_dir,
-        caption,
-        write=trainer.is_world_process_zero(),
+        starts, accuracies, *limits, training_args.output_dir, caption, writes
     )
-    if trainer.is_world_process_zero():
+    if writes:
         print("\n".join(lines), flush=True)
     return {"train_runtime": seconds, "min_bits": min_bits}
 
 
 def main():
     start = time.time()
-    model_args, data_args, cyclic_args, training_args = parse_args(
-        arguments.ModelArguments, DataTrainingArguments, CyclicArguments, TrainingArguments
-    )
+    groups = parse_args(arguments.ModelArguments, DataTrainingArguments, CyclicArguments, TrainingArguments)
+    model_args, data_args, cyclic_args, training_args = groups
     setup_logging(training_args)
     check_args(cyclic_args, training_args)
     range_test = cyclic_args.precision_range_test
     if range_test:
         precision_range_test.prepare_arguments(cyclic_args, training_args)
-    settings = run_settings(model_args, data_args, cyclic_args, training_args)
-    folder = OutputFolder(training_args, data_args.overwrite_output_dir, settings)
+    folder = OutputFolder(training_args, data_args.overwrite_output_dir, run_settings(*groups))
     set_seed(training_args.seed)
 
     tokenizer = load_tokenizer(model_args)

@@ -70,9 +70,7 @@ def check_args(args):
 
 def read_prompts(args):
     """[prompt]; none of them empty."""
-    prompts = args.prompt
-    if args.prompt_file:
-        prompts = [read_text(args.prompt_file)]
+    prompts = [read_text(args.prompt_file)] if args.prompt_file else args.prompt
     if not all(prompts):
         raise UserError(f"{args.prompt_file or '--prompt'}: an empty prompt; GPT-2 needs at least one token")
     return prompts
@@ -93,11 +91,9 @@ def generate(model, tokenizer, prompts, args):
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, verbose=False).to(model.device)
     length, positions = inputs["input_ids"].shape[1], model.config.n_positions
     if length + args.max_new_tokens > positions:
-        raise UserError(
-            f"a prompt of {length} tokens and --max_new_tokens {args.max_new_tokens} do not fit into the model's "
-            f"{positions} positions"
-        )
-    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p} if args.do_sample else {}
+        asked = f"a prompt of {length} tokens and --max_new_tokens {args.max_new_tokens}"
+        raise UserError(f"{asked} do not fit into the model's {positions} positions")
+    keys = ("max_new_tokens", "do_sample", "num_beams", *(("temperature", "top_k", "top_p") * args.do_sample))
     cache = (QuantizedKVCache if args.kv_cache == "quantized" else DynamicCache)(config=model.config)
     set_seed(args.seed)
     start = time.perf_counter()
@@ -105,11 +101,8 @@ def generate(model, tokenizer, prompts, args):
         tokens = model.generate(
             **inputs,
             past_key_values=cache,
-            max_new_tokens=args.max_new_tokens,
-            do_sample=args.do_sample,
-            num_beams=args.num_beams,
             pad_token_id=tokenizer.pad_token_id,
-            **sampling,
+            **{key: getattr(args, key) for key in keys},
         )
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)  # waits for the device
     seconds = time.perf_counter() - start
@@ -146,17 +139,14 @@ def main():
         f"{per_token / full:.3f} of float32 ({full}), {per_token / half:.3f} of float16 ({half})",
         file=sys.stderr,
     )
+    prompt = {"source": "--prompt", "examples": len(prompts), "sha256": None}
+    if args.prompt_file:
+        prompt |= {"source": relative_path(args.prompt_file), "sha256": file_checksum(args.prompt_file)}
     record = run_record(
         model=relative_path(model_args.model_name_or_path),
         bit_config={"name": name, **describe_bit_config(resolved, model.layer_shapes()), "layers": resolved},
         metrics=measured,
-        data={
-            "prompt": {
-                "source": relative_path(args.prompt_file) if args.prompt_file else "--prompt",
-                "examples": len(prompts),
-                "sha256": file_checksum(args.prompt_file) if args.prompt_file else None,
-            }
-        },
+        data={"prompt": prompt},
         seed=args.seed,
         wall_seconds=time.time() - start,
         dtype="bf16" if args.bf16 else "fp32",

@@ -56,8 +56,6 @@ def check_args(model_args, text_args, training_args):
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise UserError("nothing to do: pass --do_train or --do_eval")
     check_bank(model_args)
-    if text_args.num_mixed_configs < 0:
-        raise UserError(f"--num_mixed_configs {text_args.num_mixed_configs}: must not be negative")
     if training_args.fsdp or training_args.deepspeed:
         raise UserError("--fsdp and --deepspeed shard the model; here every process needs all of it")
     if training_args.do_predict or training_args.eval_strategy != "no":
@@ -99,11 +97,6 @@ class JointLMTrainer(StepMeanTrainer):
     def mean_loss(self, model, inputs):
         loss, output = super().mean_loss(model, {**inputs, "use_cache": False})
         return loss / self.passes, output
-
-
-def blocks(tokens, block_size):
-    """Consecutive blocks of a text, (blocks, block_size); the rest at its end is dropped. None gives none."""
-    return [] if tokens is None else tokens.unfold(0, block_size, block_size)
 
 
 def build_model(model_args, text_args, training_args, tokenizer):
@@ -160,8 +153,8 @@ def make_trainer(model, tokenizer, targets, train_blocks, model_args, text_args,
 def evaluate(model, configs, tokens, block_size, stride, training_args):
     """Rows of the table of perplexities, which is printed and written to table.md."""
     half = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
-    batch_size = training_args.per_device_eval_batch_size
-    rows = perplexity_of_configs(model, configs, tokens, block_size, stride, batch_size, half)
+    sizes = block_size, stride, training_args.per_device_eval_batch_size
+    rows = perplexity_of_configs(model, configs, tokens, *sizes, half)
     lines = table_lines(rows)
     print(*lines, sep="\n", flush=True)
     write_text_atomic(os.path.join(training_args.output_dir, "table.md"), "\n".join(lines) + "\n")
@@ -170,11 +163,10 @@ def evaluate(model, configs, tokens, block_size, stride, training_args):
 
 def main():
     start = time.time()
-    model_args, text_args, training_args = parse_args(BankArguments, TextArguments, TrainingArguments)
+    model_args, text_args, training_args = groups = parse_args(BankArguments, TextArguments, TrainingArguments)
     setup_logging(training_args)
     check_args(model_args, text_args, training_args)
-    settings = run_settings(model_args, text_args, training_args)
-    folder = OutputFolder(training_args, text_args.overwrite_output_dir, settings)
+    folder = OutputFolder(training_args, text_args.overwrite_output_dir, run_settings(*groups))
     set_seed(training_args.seed)
 
     tokenizer = load_tokenizer(model_args)
@@ -189,7 +181,8 @@ def main():
     if training_args.do_train:
         folder.start(**input_checksums(model, tokenizer, sources))
 
-    train_blocks = blocks(texts.get("train"), block_size)
+    # consecutive, without the rest at the end of the text
+    train_blocks = texts["train"].unfold(0, block_size, block_size) if training_args.do_train else []
     trainer = make_trainer(model, tokenizer, targets, train_blocks, model_args, text_args, training_args)
     metrics, rows = trainer.train_or_load(folder) if training_args.do_train else {}, []
     if not trainer.is_world_process_zero():

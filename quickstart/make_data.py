@@ -127,9 +127,7 @@ def name_pools(dev: bool) -> dict:
 def draw(field: str, values: dict, rng: random.Random, pools: dict) -> tuple:
     """Returns (words before the answer, answer, other right answers) for a field of a sentence.
 
-    Args:
-        values: answers of this sentence that are drawn already; a second one of its kind differs from the first,
-            and a second year is the later one.
+    values: answers of this sentence so far; a second one of a kind differs, and a second year is the later one.
     """
     kind = field.rstrip("2")
     if kind == "year":
@@ -152,6 +150,16 @@ def draw(field: str, values: dict, rng: random.Random, pools: dict) -> tuple:
     return before, answer, [before + answer] if before else []
 
 
+def draw_all(template: str, values: dict, rng: random.Random, pools: dict) -> dict:
+    """Returns {field: of `draw`} for the fields of a sentence; `values` gets the answers."""
+    drawn = {}
+    # in alphabetical order, so that "year" comes before "year2"
+    for field in sorted({field for _, field, _, _ in string.Formatter().parse(template) if field} - {"s"}):
+        drawn[field] = draw(field, values, rng, pools)
+        values[field] = drawn[field][1]
+    return drawn
+
+
 def make_paragraph(rng: random.Random, pools: dict, shared: float) -> tuple:
     """Returns (context, [(question, answer, start in the context, other right answers)])."""
     kind = rng.choice(["person", "person", "town", "firm"])
@@ -165,11 +173,7 @@ def make_paragraph(rng: random.Random, pools: dict, shared: float) -> tuple:
             template = rng.choice(templates)
             subject = name if i == 0 or rng.random() < 0.5 else pronoun
             sentence, values, found = "", {"subject of the sentence": name}, {}
-            fields = sorted({field for _, field, _, _ in string.Formatter().parse(template) if field} - {"s"})
-            drawn = {}
-            for field in fields:  # in alphabetical order, so that "year" comes before "year2"
-                drawn[field] = draw(field, values, rng, pools)
-                values[field] = drawn[field][1]
+            drawn = draw_all(template, values, rng, pools)
             for text, field, _, _ in string.Formatter().parse(template):
                 sentence += text
                 if field == "s":

@@ -37,13 +37,8 @@ def train_tokenizer(documents: list, vocab_size: int) -> GPT2TokenizerFast:
     bpe.train_from_iterator(documents, vocab_size=vocab_size, special_tokens=[END], show_progress=False)
     with tempfile.TemporaryDirectory() as folder:
         bpe.save(f"{folder}/tokenizer.json")
-        return GPT2TokenizerFast(
-            tokenizer_file=f"{folder}/tokenizer.json",
-            bos_token=END,
-            eos_token=END,
-            unk_token=END,
-            model_max_length=POSITIONS,
-        )
+        special = {"bos_token": END, "eos_token": END, "unk_token": END}
+        return GPT2TokenizerFast(tokenizer_file=f"{folder}/tokenizer.json", model_max_length=POSITIONS, **special)
 
 
 def read_documents(path: Path) -> list:
@@ -84,9 +79,8 @@ def make_batches(sequences: list, batch_size: int, steps: int, seed: int):
 
 def pretrain(model: GPT2LMHeadModel, sequences: list, args: argparse.Namespace):
     """Trains `model` on the next token of `sequences` (lists of token ids), with a progress bar."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), args.learning_rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True
-    )
+    adam = {"betas": (0.9, 0.98), "weight_decay": 0.05, "fused": True}
+    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, **adam)
     schedule = get_cosine_schedule_with_warmup(optimizer, args.max_steps // 20, args.max_steps)
     batches = make_batches(sequences, args.batch_size, args.max_steps, args.seed)
     bar = tqdm(batches, total=args.max_steps, desc="pretraining", mininterval=1)
@@ -128,14 +122,8 @@ def main():
         parser.error(f"--tokenizer {args.tokenizer} is not a folder")
     if args.output_dir.exists() and not args.output_dir.is_dir():
         parser.error(f"--output_dir {args.output_dir} is a file, not a folder")
-    for flag, least in {
-        "n_layer": 1,
-        "n_embd": 1,
-        "n_head": 1,
-        "vocab_size": 257,
-        "max_steps": 1,
-        "batch_size": 1,
-    }.items():
+    for flag in ("n_layer", "n_embd", "n_head", "vocab_size", "max_steps", "batch_size"):
+        least = 257 if flag == "vocab_size" else 1
         if getattr(args, flag) < least:
             parser.error(f"--{flag} {getattr(args, flag)}: must be at least {least}")
     if not 0 < args.learning_rate < math.inf:
@@ -173,11 +161,8 @@ def main():
         n_head=args.n_head,
         activation_function="gelu_pytorch_tanh",  # GPT-2's gelu_new as one kernel
         initializer_range=0.08,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=end,
-        eos_token_id=end,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), end),
     )
     model = GPT2LMHeadModel(config)
     pretrain(model, sequences, args)

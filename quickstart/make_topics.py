@@ -10,22 +10,18 @@ test.jsonl, rows {"text", "label"}; no name of test.jsonl is in train.jsonl. The
 import argparse
 import json
 import random
-import string
 from pathlib import Path
 
-from make_data import FACTS, LEADS, PRONOUNS, draw, name_pools, write_atomically
+from make_data import FACTS, LEADS, PRONOUNS, draw_all, name_pools, write_atomically
 
 TOPICS = ((0, 4, 5), (1, 6, 7), (2, 3))  # facts of FACTS["person"] of each label
 
 
 def make_sentence(fact: int, subject: str, name: str, rng: random.Random, pools: dict) -> str:
     """Returns a sentence of FACTS["person"][fact] about `subject`, filled with random answers."""
-    template, drawn = rng.choice(FACTS["person"][fact][0]), {}
-    values = {"subject of the sentence": name}
-    for field in sorted({field for _, field, _, _ in string.Formatter().parse(template) if field} - {"s"}):
-        before, values[field], _ = draw(field, values, rng, pools)
-        drawn[field] = before + values[field]
-    return template.format(s=subject, **drawn)
+    template = rng.choice(FACTS["person"][fact][0])
+    drawn = draw_all(template, {"subject of the sentence": name}, rng, pools)
+    return template.format(s=subject, **{field: before + answer for field, (before, answer, _) in drawn.items()})
 
 
 def make_texts(split: str, number: int, seed: int) -> str:

@@ -50,9 +50,21 @@ def load(path):
     return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
+def markdown(header, rows):
+    """A markdown table, its columns as wide as they come. header: [text]; rows: [[text]]."""
+    lines = [f"| {' | '.join(header).lstrip()} |", "|---" * len(header) + "|"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def shown(middle, low, high, digits=1):
+    """ "1.5 (1.2 - 1.7)"."""
+    return f"{middle:.{digits}f} ({low:.{digits}f} - {high:.{digits}f})"
+
+
 def overview_table(records):
     """Markdown: the published figures beside those of the quick start."""
-    lines = ["| | GPT-2 124M on SQuAD v1.1, published: EM / F1 | tiny stand-in, ours: EM / F1 |", "|---|---|---|"]
+    header = ["", "GPT-2 124M on SQuAD v1.1, published: EM / F1", "tiny stand-in, ours: EM / F1"]
+    rows = []
     for label, (exact, f1, name, config) in OVERVIEW.items():
         cell = "-"
         if name and (records / f"{name}.json").exists():
@@ -61,8 +73,8 @@ def overview_table(records):
             if config:
                 scores = next(row for row in record["rows"] if row["config"] == config)
             cell = f"{scores['exact_match']:.1f} / {scores['f1']:.1f}"
-        lines.append(f"| {label} | {exact:.2f} / {f1:.2f} | {cell} |")
-    return "\n".join(lines)
+        rows.append([label, f"{exact:.2f} / {f1:.2f}", cell])
+    return markdown(header, rows)
 
 
 def paired_difference(first, second):
@@ -79,22 +91,16 @@ def compare_table(record):
     """Markdown of cpt's compare.sh: EM of every training at every width, and what CPT gains over static training."""
     scores = {row["training"]: row["scores"] for row in record["rows"]}
     widths = sorted({width for found in scores.values() for width in found})
-    cells = {
-        training: [
-            "{mean:.1f} ({min:.1f} - {max:.1f})".format(**found[width]["exact_match"]) if width in found else "-"
-            for width in widths
-        ]
-        for training, found in scores.items()
-    }
-    costs = {row["training"]: f"{row['relative_cost']:.3f}" for row in record["rows"]}
+    costs, cells = {row["training"]: f"{row['relative_cost']:.3f}" for row in record["rows"]}, {}
+    for training, found in scores.items():
+        measured = [found[width]["exact_match"] if width in found else None for width in widths]
+        cells[training] = [shown(*(em[key] for key in ("mean", "min", "max"))) if em else "-" for em in measured]
     cyclic = next(training for training in scores if training.startswith("cyclic"))
     for training in [name for name in scores if name.startswith("static")]:
         pairs = [[scores[name][width]["exact_match"]["values"] for name in (cyclic, training)] for width in widths]
         cells[f"CPT minus {training} [95 %]"] = [paired_difference(*pair) for pair in pairs]
-    lines = [f"| EM, {len(record['seeds'])} seeds | {' | '.join(widths)} | cost of a step |"]
-    lines += ["|---" * (len(widths) + 2) + "|"]
-    lines += [f"| {' | '.join([name, *found, costs.get(name, '')])} |" for name, found in cells.items()]
-    return "\n".join(lines)
+    header = [f"EM, {len(record['seeds'])} seeds", *widths, "cost of a step"]
+    return markdown(header, ([name, *found, costs.get(name, "")] for name, found in cells.items()))
 
 
 def read_rows(records):
@@ -112,38 +118,27 @@ def read_rows(records):
 
 
 def table(rows):
-    """Markdown."""
-    lines = ["| configuration | weight bits | EM | F1 | EM drop | seconds |", "|---|---|---|---|---|---|"]
-    for label, bits, exact, f1, drop, seconds in rows:
-        lines.append(f"| {label} | {bits} | {exact:.1f} | {f1:.1f} | {drop:.1f} | {seconds:.0f} |")
-    return "\n".join(lines)
+    """Markdown of `read_rows`."""
+    cells = ([label, bits, *(f"{score:.1f}" for score in scores), f"{s:.0f}"] for label, bits, *scores, s in rows)
+    return markdown(["configuration", "weight bits", "EM", "F1", "EM drop", "seconds"], cells)
 
 
 def switchable_table(record):
     """Markdown of switch_precision's evaluation: one model, trained jointly at 4 and 8 bits, under several configs."""
-    lines = [
-        "| one jointly trained model, served as | average weight bits | EM | F1 | EM drop [95 %] |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for row in record["rows"]:
         low, high = row["exact_match_drop_interval"]
         drop = f"{row['exact_match_drop']:.1f} [{low:.1f}, {high:.1f}]"
-        scores = f"{row['exact_match']:.1f} | {row['f1']:.1f}"
-        lines.append(f"| {row['config']} | {row['average_w_bits']:.2f} | {scores} | {drop} |")
-    return "\n".join(lines)
+        scores = f"{row['exact_match']:.1f}", f"{row['f1']:.1f}"
+        rows.append([row["config"], f"{row['average_w_bits']:.2f}", *scores, drop])
+    header = ["one jointly trained model, served as", "average weight bits", "EM", "F1", "EM drop [95 %]"]
+    return markdown(header, rows)
 
 
 def cyclic_table(record):
     """Markdown of cpt's evaluation: one cyclically trained adapter at every width."""
-    cells = [f"{row['exact_match']:.1f}" for row in record["rows"]]
-    names = [row["config"] for row in record["rows"]]
-    return "\n".join(
-        [
-            f"| one adapter, trained cyclically (CPT), served at | {' | '.join(names)} |",
-            "|---" * (len(names) + 1) + "|",
-            f"| EM | {' | '.join(cells)} |",
-        ]
-    )
+    header = ["one adapter, trained cyclically (CPT), served at", *(row["config"] for row in record["rows"])]
+    return markdown(header, [["EM", *(f"{row['exact_match']:.1f}" for row in record["rows"])]])
 
 
 def attack_table(record, kinds=None):
@@ -157,14 +152,14 @@ def attack_table(record, kinds=None):
         own = kind == "single sample"  # random precision is drawn per query: only there it has a mean and a spread
         more = ["random precision (s.d. of draws)", "McNemar p"] if own else []
         header = [f"accuracy [95 %] on {count} texts, {kind}; attacked at", *columns, *more]
-        lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+        rows = []
         for attack, cells in matrix.items():
             found = ["{:.1f} [{:.1f}, {:.1f}]".format(cell["accuracy"], *cell["interval"]) for cell in cells.values()]
             if own:
                 random = record["random_precision"][attack]
                 found += [f"{random['mean']:.1f} ({random['std']:.1f})", f"{random['mcnemar']['median']:.2g}"]
-            lines.append(f"| {attack} | {' | '.join(found)} |")
-        tables.append("\n".join(lines))
+            rows.append([attack, *found])
+        tables.append(markdown(header, rows))
     return "\n\n".join(tables)
 
 
@@ -174,29 +169,24 @@ def quick_attack_table(record):
 
 
 def benchmark_table(record):
-    """Markdown of benchmark.py: speed against float32, a column a shape; time and memory at the
-    first."""
+    """Markdown of benchmark.py: speed against float32, a column a shape; time and memory at the first."""
     cells, more = {}, {}
     for row in record["rows"]:
         key = row["label"], row["config"] or ""
-        ratio = f"{row['ratio']:.2f} ({row['ratio_min']:.2f} - {row['ratio_max']:.2f})"
-        cells.setdefault(key, {})[row["shape"]] = ratio
+        cells.setdefault(key, {})[row["shape"]] = shown(row["ratio"], row["ratio_min"], row["ratio_max"], 2)
         sizes = [row.get(name) for name in ("peak_bytes", "stored_bytes")]
         sizes = ["" if size is None else f"{size / 2**20:.0f}" for size in sizes]
         more.setdefault(key, [f"{1000 * row['seconds']:.0f}", *sizes])
     shapes = list(next(iter(cells.values())))
     header = ["speed / float32 (min - max)", "bits", *shapes, f"ms, {shapes[0]}", f"peak MiB, {shapes[0]}", "file MiB"]
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    lines += [f"| {' | '.join([*key, *(found[s] for s in shapes), *more[key]])} |" for key, found in cells.items()]
-    return "\n".join(lines)
+    return markdown(header, ([*key, *(found[s] for s in shapes), *more[key]] for key, found in cells.items()))
 
 
 def step_table(record):
     """Markdown of bench_step.py: time of a training step against the first variant's."""
-    lines = ["| one training step | time, ratio (min - max) |", "|---|---|"]
-    for name, row in record.get("metrics", record)["variants"].items():
-        lines.append(f"| {name} | {row['ratio']:.2f} ({min(row['ratios']):.2f} - {max(row['ratios']):.2f}) |")
-    return "\n".join(lines)
+    rows = record.get("metrics", record)["variants"].items()
+    cells = ([name, shown(row["ratio"], min(row["ratios"]), max(row["ratios"]), 2)] for name, row in rows)
+    return markdown(["one training step", "time, ratio (min - max)"], cells)
 
 
 def plot(rows, path):

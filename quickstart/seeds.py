@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from report import NOTICE, paired_difference, write_into
+from report import NOTICE, paired_difference, shown, write_into
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "base_model"))
 from common.record import run_record, write_json_atomic  # noqa: E402
@@ -48,9 +48,8 @@ def summarize(folder, seeds):
             trained = f"lora_{seed}" if method == "ptq" else f"{method}_{seed}"
             training = load(folder / f"{trained}.json")
             for bits in BITS:
-                name, key = trained, f"eval_exact_match_{bits}"
-                if method == "ptq":
-                    name, key = f"ptq_{bits}_{seed}", "eval_exact_match"
+                ptq = (f"ptq_{bits}_{seed}", "eval_exact_match")
+                name, key = ptq if method == "ptq" else (trained, f"eval_exact_match_{bits}")
                 record = load(folder / f"{name}.json")
                 scores[bits].append(record["metrics"][key])
                 sources[name] = {"command": record["command"], "git": record["git"], "metrics": record["metrics"]}
@@ -61,11 +60,8 @@ def summarize(folder, seeds):
     for seed in seeds:
         record = load(folder / f"search_{seed}.json")
         found = next(row for row in record["rows"] if row["config"] == "found")
-        searches[seed] = {
-            "average_w_bits": found["average_w_bits"],
-            "found": found["exact_match"],
-            **record["search"]["found"]["random"],
-        }
+        searches[seed] = {"average_w_bits": found["average_w_bits"], "found": found["exact_match"]}
+        searches[seed] |= record["search"]["found"]["random"]
         sources[f"search_{seed}"] = {"command": record["command"], "git": record["git"]}
     return run_record(
         model="tiny GPT-2 of quickstart/make_model.py",
@@ -88,7 +84,7 @@ def table(summary):
     lines += ["|---|---|---|---|---|"]
     for method, label in METHODS.items():
         row = summary["methods"][method]
-        cells = " | ".join(f"{row[b]['mean']:.1f} ({row[b]['min']:.1f} - {row[b]['max']:.1f})" for b in BITS)
+        cells = " | ".join(shown(*(row[bits][key] for key in ("mean", "min", "max"))) for bits in BITS)
         lines.append(f"| {label} | {row['steps']} | {row['passes']} | {cells} |")
     lines += ["", "| EM, difference of the same seeds [95 %] | at 8 bits | at 4 bits |", "|---|---|---|"]
     for first, second in PAIRS:

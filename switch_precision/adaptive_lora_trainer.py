@@ -61,12 +61,9 @@ class ObjectiveArguments:
             raise UserError(
                 "--sample_widths adds widths to a joint step of --bit_widths: no other objective or configs"
             )
-        between = max(len(bit_widths or ()) - 2, 0)
-        if self.sample_widths > between:
-            raise UserError(
-                f"--sample_widths {self.sample_widths}: --bit_widths has {between} widths between the highest and "
-                "the lowest"
-            )
+        if self.sample_widths > (between := max(len(bit_widths or ()) - 2, 0)):
+            found = f"--bit_widths has {between} widths between the highest and the lowest"
+            raise UserError(f"--sample_widths {self.sample_widths}: {found}")
         if self.objective == "sequential" and (self.teacher or self.curriculum):
             raise UserError("--objective sequential has its own teachers and order: no --teacher, no --curriculum")
         if self.teacher and 32 in (bit_widths or ()):
@@ -122,19 +119,10 @@ class AdaptiveLoRATrainer(QuestionAnsweringTrainer):
 
     def step_configs(self, step):
         """[(name, resolved config)] of the passes of an optimizer step."""
-        return bit_configs_for_step(
-            step,
-            self.args.seed,
-            self.layers,
-            self.bit_widths or (),
-            self.objective.num_mixed_configs,
-            objective=self.objective.objective,
-            total_steps=self.state.max_steps,
-            curriculum=self.objective.curriculum,
-            sample_widths=self.objective.sample_widths,
-            explicit=None if self.bit_widths else self.configs,
-            teacher=self.objective.teacher,
-        )
+        names = ("num_mixed_configs", "objective", "curriculum", "sample_widths", "teacher")
+        options = {name: getattr(self.objective, name) for name in names}
+        options |= {"total_steps": self.state.max_steps, "explicit": None if self.bit_widths else self.configs}
+        return bit_configs_for_step(step, self.args.seed, self.layers, self.bit_widths or (), **options)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """All passes of one micro-batch, each sent backward at once: the memory is that of one pass.

@@ -25,19 +25,13 @@ from common.record import relative_path, run_record, write_json_atomic
 from common.resuming import LOCK_FILE, run_lock
 from common.script import plain_errors, setup_logging
 from common.training_args import TrainingArguments
+from models import modeling_gpt2_quant
 from models.errors import UserError
 from models.exported import PARTS, save_exported, served_widths
-from models.modeling_gpt2_quant import (
-    QuantGPT2ForQuestionAnswering,
-    QuantGPT2ForSequenceClassification,
-    QuantGPT2LMHeadModel,
-)
 from run_qa_eval import EvalDataArguments, Evaluator
 
-HEADS = {
-    head.__name__: head
-    for head in (QuantGPT2ForQuestionAnswering, QuantGPT2LMHeadModel, QuantGPT2ForSequenceClassification)
-}
+NAMES = ("QuantGPT2ForQuestionAnswering", "QuantGPT2LMHeadModel", "QuantGPT2ForSequenceClassification")
+HEADS = {name: getattr(modeling_gpt2_quant, name) for name in NAMES}
 
 
 @dataclasses.dataclass
@@ -75,15 +69,8 @@ def check_args(args, data_args):
         raise UserError(
             f"--validation_file, --dataset_name: answers are compared for question answering, not {args.head}"
         )
-    for flag, value in {
-        "max_eval_samples": data_args.max_eval_samples,
-        "per_device_eval_batch_size": args.per_device_eval_batch_size,
-    }.items():
-        if value is not None and value < 1:
-            raise UserError(f"--{flag} {value}: must be at least 1")
-    if os.path.isdir(args.model_name_or_path) and os.path.realpath(args.output_dir) == os.path.realpath(
-        args.model_name_or_path
-    ):
+    source = args.model_name_or_path
+    if os.path.isdir(source) and os.path.realpath(args.output_dir) == os.path.realpath(source):
         raise UserError(f"--output_dir {args.output_dir} is the checkpoint itself, which would be lost")
     if os.path.exists(os.path.join(args.output_dir, "config.json")) and not data_args.overwrite_output_dir:
         raise UserError(f"--output_dir {args.output_dir} holds a checkpoint: pass --overwrite_output_dir")
@@ -97,9 +84,8 @@ def measures(data_args):
 def answers(model, tokenizer, args, data_args, configs):
     """({config: {id: text}}, {config: EM}, source of the data) of a model."""
     with tempfile.TemporaryDirectory() as scratch:
-        training_args = TrainingArguments(
-            scratch, per_device_eval_batch_size=args.per_device_eval_batch_size, report_to="none", disable_tqdm=True
-        )
+        batch = {"per_device_eval_batch_size": args.per_device_eval_batch_size}
+        training_args = TrainingArguments(scratch, report_to="none", disable_tqdm=True, **batch)
         evaluator = Evaluator(model, tokenizer, args, data_args, training_args, overwrite=True)
         records = {name: evaluator.evaluate(name, resolved) for name, resolved in configs.items()}
     texts = {name: record["predictions"] for name, record in records.items()}
@@ -123,8 +109,7 @@ def main():
     args, data_args = parse_args(ExportArguments, ExportDataArguments)
     setup_logging(PartialState())
     check_args(args, data_args)
-    source = args.model_name_or_path
-    tokenizer = load_tokenizer(args)
+    source, tokenizer = args.model_name_or_path, load_tokenizer(args)
     model = load_model(HEADS[args.head], args, tokenizer)
     if model.config.exported_widths:
         raise UserError(f"{args.model_name_or_path} is exported already: export from the checkpoint of the training")
@@ -151,10 +136,8 @@ def main():
         exported = load_model(HEADS[args.head], args, tokenizer)
         changes = compare_answers(before, answers(exported, tokenizer, args, data_args, configs))
         for name, change in changes.items():
-            em = " to ".join(f"{value:.2f}" for value in change["exact_match"])
-            print(
-                f"{name}: {change['changed']} of {change['questions']} answers differ from the checkpoint's; EM {em}"
-            )
+            number, em = f"{change['changed']} of {change['questions']}", change["exact_match"]
+            print(f"{name}: {number} answers differ from the checkpoint's; EM {em[0]:.2f} to {em[1]:.2f}")
     else:
         print("answers that differ from the checkpoint's: not measured (pass --validation_file or --dataset_name)")
     record = run_record(

@@ -60,13 +60,11 @@ def build_model(model_args, objective_args, training, tokenizer):
 
 def main():
     start = time.time()
-    model_args, data_args, objective_args, training_args = parse_args(
-        BankArguments, DataTrainingArguments, ObjectiveArguments, TrainingArguments
-    )
+    groups = parse_args(BankArguments, DataTrainingArguments, ObjectiveArguments, TrainingArguments)
+    model_args, data_args, objective_args, training_args = groups
     setup_logging(training_args)
     check_args(model_args, objective_args, training_args)
-    settings = run_settings(model_args, data_args, objective_args, training_args)
-    folder = OutputFolder(training_args, data_args.overwrite_output_dir, settings)
+    folder = OutputFolder(training_args, data_args.overwrite_output_dir, run_settings(*groups))
     set_seed(training_args.seed)
 
     tokenizer = load_tokenizer(model_args)
@@ -90,22 +88,12 @@ def main():
         objective=objective_args,
     )
     metrics = trainer.run(folder, examples, features)
-    write_run_record(
-        trainer,
-        folder,
-        model_args,
-        data_args,
-        start,
-        bit_config=bits,
-        metrics=metrics,
-        data=sources,
-        bit_widths=bit_widths,
-        bit_configs={
-            name: {**describe_bit_config(config, trainer.layers), "layers": config} for name, config in targets
-        },
-        objective=dataclasses.asdict(objective_args) if training_args.do_train else None,
-        passes=trainer.forward_passes() if training_args.do_train else 0,
-    )
+    configs = {name: {**describe_bit_config(config, trainer.layers), "layers": config} for name, config in targets}
+    details = {"bit_config": bits, "metrics": metrics, "data": sources}
+    details |= {"bit_widths": bit_widths, "bit_configs": configs, "objective": None, "passes": 0}
+    if training_args.do_train:
+        details |= {"objective": dataclasses.asdict(objective_args), "passes": trainer.forward_passes()}
+    write_run_record(trainer, folder, model_args, data_args, start, **details)
 
 
 if __name__ == "__main__":

@@ -21,17 +21,8 @@ import time
 import numpy as np
 from transformers import set_seed
 
-from allocation.assignment import (
-    BUDGETS,
-    Problem,
-    random_choice,
-    read_sensitivity,
-    refine,
-    refuse_other_checkpoint,
-    resources,
-    solve,
-    total,
-)
+from allocation import assignment
+from allocation.assignment import BUDGETS, Problem
 from allocation.block_reuse import ReusedForward
 from allocation.measure_set import autocast_of, load_measure_set, span_kl, span_nll
 from allocation.plots import draw_pareto
@@ -57,9 +48,7 @@ SCORE_NAMES = ("kl", "loss_increase", "exact_match_drop", "f1_drop", "first_orde
 class SearchArguments(CheckpointArguments):
     """The checkpoint, the budget and the search."""
 
-    sensitivity_file: str = option(
-        "results/sensitivity/sensitivity.json", "what sensitivity.py wrote for the checkpoint"
-    )
+    sensitivity_file: str = option("results/sensitivity/sensitivity.json", "what sensitivity.py wrote for it")
     average_bits: float | None = option(None, "budget: average bits of the linear weights")
     weight_mb: float | None = option(None, "budget: MB of the linear weights as stored (5 to 8 bits: a byte)")
     bitops: float | None = option(None, "budget: BitOPs relative to the sweep's reference config, 0 to 1")
@@ -110,10 +99,8 @@ class SubsetMeasure:
         for number, (inputs, real, context, labels) in enumerate(self._tensors()):
             found = self.forward.logits(inputs, self.problem.resolved(base), configs)
             for index, logits in enumerate(found):
-                if self.by == "kl":
-                    values = span_kl(self.reference[number], logits, context)
-                else:
-                    values = span_nll(logits, real, labels)
+                kl = self.by == "kl"
+                values = span_kl(self.reference[number], logits, context) if kl else span_nll(logits, real, labels)
                 sums[index] += values.double().sum().item()
         return (sums / sum(map(len, self.measure_set.batches))).tolist()
 
@@ -121,12 +108,11 @@ class SubsetMeasure:
 def search(problem, kind, value, measure, args):
     """(choice, report) of the best assignment found under one budget."""
     table, budget = problem.budget(kind, value)
-    predicted = choice = solve(problem.cost, table, budget)
-    report = {"budget": {kind: value}, "predicted_cost": float(total(problem.cost, predicted))}
-    if measure and args.refine_rounds:
-        choice, after, before, tried = refine(
-            predicted, problem.cost, table, budget, measure, args.refine_rounds, args.refine_candidates
-        )
+    predicted = choice = assignment.solve(problem.cost, table, budget)
+    report = {"budget": {kind: value}, "predicted_cost": float(assignment.total(problem.cost, predicted))}
+    if measure:
+        limits = args.refine_rounds, args.refine_candidates
+        choice, after, before, tried = assignment.refine(predicted, problem.cost, table, budget, measure, *limits)
         report |= {f"subset_{args.refine_by}_before": before, f"subset_{args.refine_by}": after, "measured": tried}
         report["linears_changed"] = sum(a != b for a, b in zip(predicted, choice, strict=True))
     logger.info("%s <= %g: %s", kind, value, json.dumps(report))
@@ -135,10 +121,8 @@ def search(problem, kind, value, measure, args):
 
 def as_config(resolved, description):
     """The JSON config of an assignment: one line per linear, an int where W, A and KV agree."""
-    entries = {
-        layer: next(iter(bits.values())) if len(set(bits.values())) == 1 else bits for layer, bits in resolved.items()
-    }
-    return {"description": description, **entries}
+    short = {layer: next(iter(bits.values())) for layer, bits in resolved.items() if len(set(bits.values())) == 1}
+    return {"description": description, **resolved, **short}
 
 
 def contrast(rows, found, randoms):
@@ -160,17 +144,15 @@ def budgets_of(args, main_budget, problem):
     """
     budgets = {"found": main_budget} if main_budget else {}
     if args.pareto:
-        table, unit = resources("average_bits", problem.options, problem.shapes)
+        table, unit = assignment.resources("average_bits", problem.options, problem.shapes)
         grid = np.linspace(table.min(1).sum() / unit, table.max(1).sum() / unit, args.pareto_points)
         # the ends are uniform widths, which are in the table anyway
         budgets |= {f"found_{value:.2f}": ("average_bits", float(value)) for value in grid[1:-1]}
     for budget in budgets.values():
         problem.budget(*budget)
     if taken := [name for name in problem.names if name in budgets or name.startswith("random")]:
-        raise UserError(
-            f"--sensitivity_file {args.sensitivity_file}: {', '.join(taken)} is what the search calls its own; sweep "
-            "files of other names"
-        )
+        names = f"--sensitivity_file {args.sensitivity_file}: {', '.join(taken)}"
+        raise UserError(f"{names} is what the search calls its own; sweep files of other names")
     return budgets
 
 
@@ -178,26 +160,19 @@ def make_measure(problem, model, tokenizer, args, data_args, training_args):
     """The SubsetMeasure of --max_refine_samples questions; None without --refine_rounds."""
     if not args.refine_rounds:
         return None
-    rng = np.random.default_rng(training_args.seed)
-    measure_set, _ = load_measure_set(
-        model,
-        tokenizer,
-        args,
-        data_args,
-        training_args,
-        1,
-        lambda ids: rng.permutation(ids)[: args.max_refine_samples].tolist(),
-    )
+
+    def draw(ids):
+        return np.random.default_rng(training_args.seed).permutation(ids)[: args.max_refine_samples].tolist()
+
+    measure_set, _ = load_measure_set(model, tokenizer, args, data_args, training_args, 1, draw)
     return SubsetMeasure(problem, ReusedForward(model, autocast_of(training_args)), measure_set, args.refine_by)
 
 
 def draw_random(problem, name, number, kind, value, seed):
     """{name: resolved config} of random assignments of a budget. seed: a list of ints."""
-    rng, (table, budget) = np.random.default_rng(seed), problem.budget(kind, value)
-    return {
-        f"{name.replace('found', 'random')}_{index}": problem.resolved(random_choice(table, budget, rng))
-        for index in range(number)
-    }
+    rng, budget = np.random.default_rng(seed), problem.budget(kind, value)
+    names = [f"{name.replace('found', 'random')}_{index}" for index in range(number)]
+    return {drawn: problem.resolved(assignment.random_choice(*budget, rng)) for drawn in names}
 
 
 def published_hybrid(model):
@@ -213,9 +188,8 @@ def write_assignment(name, resolved, kind, value, shapes, args, folder):
     """The JSON config of what was found under a budget; --output names that of the budget asked for."""
     average = describe_bit_config(resolved, shapes)["average_w_bits"]
     words = f"{average:.3f} average weight bits, least {args.score} under {kind} <= {value:g} (search.py)"
-    path = os.path.join(folder, f"{name}.json")
-    if name == "found":
-        path = args.output or os.path.join(folder, "assignment.json")
+    output = args.output if name == "found" else None
+    path = output or os.path.join(folder, f"{'assignment' if name == 'found' else name}.json")
     write_json_atomic(path, as_config(resolved, words))
 
 
@@ -228,10 +202,10 @@ def main():
         raise UserError(f"the search is one process, not {training_args.world_size}: --nproc_per_node=1")
     training_args.refuse_full_eval()
     set_seed(training_args.seed)
-    sensitivity = read_sensitivity(args.sensitivity_file)
+    sensitivity = assignment.read_sensitivity(args.sensitivity_file)
     tokenizer = load_tokenizer(args)
     model = load_model(QuantGPT2ForQuestionAnswering, args, tokenizer).to(training_args.device)
-    refuse_other_checkpoint(args.sensitivity_file, sensitivity, model_checksum(model))
+    assignment.refuse_other_checkpoint(args.sensitivity_file, sensitivity, model_checksum(model))
     problem = Problem(sensitivity, model, args.bit_widths, args.score)
     budgets = budgets_of(args, main_budget, problem)
     _lock = run_lock(folder)

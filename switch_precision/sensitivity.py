@@ -60,8 +60,8 @@ def make_flips(reference, lows):
 
     Args: reference: resolved config. lows: {name of the low config: resolved config}.
     """
-    layers, groups = list(reference), {}
-    groups |= {("layer", layer): [layer] for layer in layers}
+    layers = list(reference)
+    groups = {("layer", layer): [layer] for layer in layers}
     for block in sorted({block_of(layer) for layer in layers}):
         groups["block", f"block {block}"] = [layer for layer in layers if block_of(layer) == block]
     for kind in (*TYPES, "attn", "mlp"):
@@ -73,11 +73,6 @@ def make_flips(reference, lows):
         for low in lows
         for (kind, name), members in groups.items()
     }
-
-
-def flipped(reference, low, layers):
-    """The reference with `layers` at their low bits."""
-    return reference | {layer: low[layer] for layer in layers}
 
 
 def measure_chunk(forward, measure_set, chunk, reference, configs, tick):
@@ -97,17 +92,13 @@ def measure_chunk(forward, measure_set, chunk, reference, configs, tick):
             sums[index] += [loss.double().sum().item(), divergence.double().sum().item()]
             logits[index].append(found.cpu())
         tick()
-    results = [
-        {"texts": measure_set.texts(examples, features, parts), "loss": loss, "kl": divergence}
-        for parts, (loss, divergence) in zip(logits, sums.tolist(), strict=True)
-    ]
+    texts = [measure_set.texts(examples, features, parts) for parts in logits]
+    results = [{"texts": found, "loss": loss, "kl": kl} for found, (loss, kl) in zip(texts, sums.tolist())]
     return {"ids": ids, "windows": sum(map(len, chunk)), "results": results}
 
 
 def open_state(folder, identity, overwrite):
-    """The state folder of a sweep; another identity is refused. With `overwrite`, or without a whole identity, the
-    chunks go.
-    """
+    """The state folder of a sweep, not of another; with `overwrite`, or without a whole identity, the chunks go."""
     path = os.path.join(folder, "identity.json")
     before = None if overwrite else read_state(path)
     if before is None:
@@ -116,10 +107,8 @@ def open_state(folder, identity, overwrite):
         write_state(path, identity)
     elif changed := differences(before, json.loads(json.dumps(identity))):
         more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
-        raise UserError(
-            f"{folder} holds a sweep with other settings ({'; '.join(changed[:5])}{more}): pass "
-            "--overwrite_output_dir to start over, or another --output_dir"
-        )
+        found = f"{folder} holds a sweep with other settings ({'; '.join(changed[:5])}{more})"
+        raise UserError(f"{found}: pass --overwrite_output_dir to start over, or another --output_dir")
     return folder
 
 
@@ -225,14 +214,12 @@ def main():
         shown = " ".join(model_args.low_bits)
         raise UserError(f"--low_bits {shown}: allowed are configs other than --reference_config {name}")
     _lock = run_lock(folder)
-    measure_set, sources = load_measure_set(
-        model, tokenizer, model_args, data_args, training_args, model_args.chunk_batches
-    )
+    chunk = model_args.chunk_batches
+    measure_set, sources = load_measure_set(model, tokenizer, model_args, data_args, training_args, chunk)
     identity = sweep_identity(model, tokenizer, measure_set, reference, lows, model_args, data_args, training_args)
     state = open_state(os.path.join(folder, "state"), identity, data_args.overwrite_output_dir)
-
     flips = make_flips(reference, lows)
-    configs = [flipped(reference, lows[flip["low_bits"]], flip["layers"]) for flip in flips.values()]
+    configs = [reference | {one: lows[flip["low_bits"]][one] for one in flip["layers"]} for flip in flips.values()]
     forward = ReusedForward(model, autocast_of(training_args))
     parts = sweep(forward, measure_set, reference, configs, state, progress=not training_args.disable_tqdm)
 
@@ -243,9 +230,8 @@ def main():
         flip |= measured[key]
         if flip["kind"] == "layer":
             flip |= predicted.get((flip["low_bits"], flip["name"]), {})
-    ranks = {
-        low: correlations([f for f in flips.values() if (f["low_bits"], f["kind"]) == (low, "layer")]) for low in lows
-    }
+    linears = [flip for flip in flips.values() if flip["kind"] == "layer"]
+    ranks = {low: correlations([flip for flip in linears if flip["low_bits"] == low]) for low in lows}
     cost = sweep_cost(parts)
     print("\n".join(report_lines(flips, measured["reference"], ranks, cost)), flush=True)
     caption = plot_caption(model_args.model_name_or_path, sources[model_args.measure_split])

@@ -116,10 +116,9 @@ def main():
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
     small = args.dry_run or not cuda
-    slower = 1 if cuda else 5
+    slower, python = 1 if cuda else 5, sys.executable
     checks = Checks(args.folder.resolve(), args.seconds or (480 if cuda else 1800))
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "NPROC_PER_NODE": "1"}
-    python = sys.executable
 
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as work:
         work = Path(work)
@@ -161,13 +160,11 @@ def main():
                 checks.stage(name, 60 * slower, train, check, MODEL=str(model), OUTPUT_DIR=str(out), **files)
 
         size = ["--layers", "1", "--rounds", "1", "--batch_size", "1", "--length", "32"]
-        for name, script, flags, real in (
-            ("bench_step", "bench_step.py", [], ["--rounds", "20", "--batch_size", "16"]),
-            ("bench_step_joint", "bench_step.py", ["--joint"], ["--rounds", "20", "--batch_size", "16"]),
-            ("bench_forward", "bench_forward.py", [], ["--rounds", "20", "--batch_size", "32"]),
-        ):
-            sizes, output = size if small else real, ["--output", checks.folder / f"{name}.json"]
-            checks.stage(name, 60 * slower, [python, f"benchmark/{script}", *flags, *sizes, *output])
+        for name, batch in (("bench_step", "16"), ("bench_step_joint", "16"), ("bench_forward", "32")):
+            flags = ["--joint"] * name.endswith("joint")
+            sizes = size if small else ["--rounds", "20", "--batch_size", batch]
+            command = [python, f"benchmark/{name.removesuffix('_joint')}.py", *flags, *sizes]
+            checks.stage(name, 60 * slower, [*command, "--output", checks.folder / f"{name}.json"])
 
     print(json.dumps({name: stage["result"] for name, stage in checks.stages.items()}))
     return 0 if checks.ok() else 1

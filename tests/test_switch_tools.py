@@ -353,7 +353,7 @@ def test_reused_hidden_states_give_exactly_the_plain_logits(attention, tools, co
     reference = configs["W8A8KV8"]
     flips = sensitivity.make_flips(reference, {name: configs[name] for name in ("W4A4KV4", "W4A8KV8")})
     assert len(flips) == 2 * (8 + 2 + 6 + 1)
-    flipped = [sensitivity.flipped(reference, configs[f["low_bits"]], f["layers"]) for f in flips.values()]
+    flipped = [reference | {name: configs[f["low_bits"]][name] for name in f["layers"]} for f in flips.values()]
     forward = block_reuse.ReusedForward(model)
     distinct = set()
     last = len(measures.ids) - 1
@@ -549,7 +549,7 @@ def test_the_layer_alone_gives_what_the_flipped_model_gives(tools, configs):
     name = "transformer.h.0.attn.c_attn"  # the first linear: its input does not depend on bits
     layer, seen = model.quant_layers()[name], []
     hook = layer.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
-    for config in (configs["W8A8KV8"], sensitivity.flipped(configs["W8A8KV8"], configs["W4A4KV4"], [name])):
+    for config in (configs["W8A8KV8"], configs["W8A8KV8"] | {name: configs["W4A4KV4"][name]}):
         with model.at_bits(config), torch.no_grad():
             model(**inputs)
     hook.remove()

@@ -57,10 +57,8 @@ def refuse_other_checkpoint(path, record, checksum):
     """Refuse a record of read_sensitivity that is of other weights than those with this checksum."""
     found = record["identity"]["model_sha256"]
     if found != checksum:
-        raise UserError(
-            f"--sensitivity_file {path}: swept a checkpoint with checksum {found[:16]}..., this one has "
-            f"{checksum[:16]}...: run sweep.sh on it"
-        )
+        swept = f"--sensitivity_file {path}: swept a checkpoint with checksum {found[:16]}..."
+        raise UserError(f"{swept}, this one has {checksum[:16]}...: run sweep.sh on it")
 
 
 class Problem:
@@ -72,10 +70,8 @@ class Problem:
         if bit_widths:
             asked = resolve_configs(model, bit_widths)
             if missing := [name for name, resolved in asked.items() if resolved not in swept.values()]:
-                raise UserError(
-                    f"--bit_widths {' '.join(missing)}: the sensitivity file has only {', '.join(swept)}; sweep them "
-                    "with sensitivity.py --low_bits"
-                )
+                has = f"--bit_widths {' '.join(missing)}: the sensitivity file has only {', '.join(swept)}"
+                raise UserError(f"{has}; sweep them with sensitivity.py --low_bits")
             self.names = [name for name, resolved in swept.items() if resolved in asked.values()]
             if len(self.names) < 2 or identity["reference_config"] not in asked.values():
                 raise UserError(f"--bit_widths: allowed are {next(iter(swept))} (the reference) and one more at least")
@@ -95,12 +91,10 @@ class Problem:
     def budget(self, kind, value):
         """(resource table, integer budget); a budget below the least assignment is refused."""
         table, unit = resources(kind, self.options, self.shapes)
-        least = table.min(1).sum() / unit
-        budget = int(np.floor(value * unit * (1 + 1e-12)))
-        if table.min(1).sum() > budget:
-            raise UserError(
-                f"--{kind} {value:g}: below what {', '.join(self.names)} can give; allowed: {least:.6g} or more"
-            )
+        least, budget = table.min(1).sum(), int(np.floor(value * unit * (1 + 1e-12)))
+        if least > budget:
+            names = f"--{kind} {value:g}: below what {', '.join(self.names)} can give"
+            raise UserError(f"{names}; allowed: {least / unit:.6g} or more")
         return table, budget
 
 

@@ -93,13 +93,9 @@ def correlations(flips):
     if len(flips) < 2 or not all(score in flip for flip in flips for score in SCORES):
         return {}
     columns = {name: [flip[name] for flip in flips] for name in (*SCORES, *MEASURES)}
-    varies = {name: len(set(values)) > 1 for name, values in columns.items()}
-    return {
-        score: {
-            measure: float(spearmanr(columns[score], columns[measure]).statistic)
-            if varies[score] and varies[measure]
-            else None
-            for measure in MEASURES
-        }
-        for score in SCORES
-    }
+
+    def rho(*pair):
+        varies = all(len(set(columns[name])) > 1 for name in pair)
+        return float(spearmanr(*(columns[name] for name in pair)).statistic) if varies else None
+
+    return {score: {measure: rho(score, measure) for measure in MEASURES} for score in SCORES}

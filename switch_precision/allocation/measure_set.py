@@ -105,9 +105,8 @@ class MeasureSet:
         width = max(part.shape[-1] for part in logits)
         padded = [torch.nn.functional.pad(part, (0, width - part.shape[-1])) for part in logits]
         starts, ends = torch.cat(padded, dim=1).numpy()  # (2, windows, width)
-        return list(
-            postprocess_qa_predictions(examples, features, (starts, ends), 1, self.max_answer_length)[0].values()
-        )
+        found = postprocess_qa_predictions(examples, features, (starts, ends), 1, self.max_answer_length)[0]
+        return list(found.values())
 
 
 def autocast_of(training_args):
@@ -125,17 +124,11 @@ def load_measure_set(model, tokenizer, model_args, data_args, training_args, chu
         raise UserError(f"--measure_split {split}: allowed are validation, train")
     examples, sources = load_data(data_args, [split], model_args)
     # in the form of a validation set, whichever it is
-    features = build_features(
-        examples[split], "validation", sources[split], tokenizer, data_args, training_args, positions
-    )
-    measure_set = MeasureSet(
-        features,
-        examples[split],
+    rows = examples[split]
+    features = build_features(rows, "validation", sources[split], tokenizer, data_args, training_args, positions)
+    collator, wanted = (
         make_collator(tokenizer, data_args, positions),
-        training_args.eval_batch_size,
-        chunk_batches,
-        training_args.device,
-        data_args.max_answer_length,
-        question_ids(examples[split]["id"]) if question_ids else None,
+        question_ids(rows["id"]) if question_ids else None,
     )
-    return measure_set, sources
+    sizes = training_args.eval_batch_size, chunk_batches, training_args.device, data_args.max_answer_length
+    return MeasureSet(features, rows, collator, *sizes, wanted), sources

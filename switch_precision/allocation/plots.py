@@ -13,16 +13,10 @@ from common.record import atomic_path
 TYPES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 PANELS = (("exact_match_drop", "EM drop (points)", "{:.1f}"), ("kl", "KL (nats)", "{:.1e}"))
 STYLES = {
-    "found": {"marker": "o", "color": "C0", "linestyle": "-"},
-    "uniform": {"marker": "s", "color": "C1", "linestyle": "--"},
-    "random": {"marker": ".", "color": "0.6", "linestyle": ""},
-    "hybrid": {"marker": "*", "color": "C3", "linestyle": "", "markersize": 12},
-}
-LABELS = {
-    "found": "found",
-    "uniform": "uniform width",
-    "random": "random, same budget",
-    "hybrid": "published hybrid",
+    "random": {"label": "random, same budget", "marker": ".", "color": "0.6", "linestyle": ""},
+    "uniform": {"label": "uniform width", "marker": "s", "color": "C1", "linestyle": "--"},
+    "found": {"label": "found", "marker": "o", "color": "C0", "linestyle": "-"},
+    "hybrid": {"label": "published hybrid", "marker": "*", "color": "C3", "linestyle": "", "markersize": 12},
 }
 
 
@@ -78,17 +72,16 @@ def draw_pareto(rows, groups, path, caption):
     grouped = {name for names in groups.values() for name in names}
     groups = groups | {"hybrid": [row["config"] for row in rows if row["config"] not in grouped]}
     figure, axes = plt.subplots(figsize=(8.5, 4.5), layout="constrained")
-    for group in ("random", "uniform", "found", "hybrid"):
-        members = sorted(
-            (row for row in rows if row["config"] in groups[group]), key=lambda row: row["average_w_bits"]
-        )
+    for group, style in STYLES.items():
+        members = [row for row in rows if row["config"] in groups[group]]
+        members.sort(key=lambda row: row["average_w_bits"])
         if not members:
             continue
         x, y = [row["average_w_bits"] for row in members], [row["exact_match"] for row in members]
-        axes.plot(x, y, label=LABELS[group], **STYLES[group])
+        axes.plot(x, y, **style)
         if members[0]["exact_match_interval"] and group != "random":
             low, high = zip(*(row["exact_match_interval"] for row in members))
-            axes.vlines(x, low, high, color=STYLES[group]["color"], alpha=0.4)
+            axes.vlines(x, low, high, color=style["color"], alpha=0.4)
     axes.set_xlabel("average bits of the linear weights")
     axes.set_ylabel("exact match (%)")
     axes.grid(alpha=0.3)
