@@ -21,10 +21,10 @@ logger = logging.getLogger("adversarial_texts")
 
 
 def load_attacks(folders, model, tokenizer, samples):
-    """{name: attack} of output folders of whitebox_attack.py; all must have attacked the same texts and labels, with
-    the tokens of this tokenizer and within the classes of this model.
+    """{attacked precision: attack} of output folders of whitebox_attack.py; all must have attacked the same texts and
+    labels, with the tokens of this tokenizer and within the classes of this model.
 
-    The name is the attacked precision. Raises ValueError or FileNotFoundError naming the folder.
+    Raises: UserError or FileNotFoundError naming the folder.
     """
     attacks, checksums = {}, (model_checksum(model), tokenizer_checksum(tokenizer))
     for folder in folders:
@@ -44,10 +44,9 @@ def load_attacks(folders, model, tokenizer, samples):
             flags = "(--num_samples, --start_index, the data, --max_seq_length)"
             raise UserError(f"{folder}: attacked other texts or labels than {folders[0]} {flags}")
         if settings["tokenizer_sha256"] != checksums[1]:
-            raise UserError(
-                f"{folder}: attacked the tokens of a tokenizer with checksum {settings['tokenizer_sha256'][:16]}..., "
-                f"this one has {checksums[1][:16]}... (--tokenizer_name)"
-            )
+            tokens = f"{folder}: attacked the tokens of a tokenizer with checksum"
+            found, now = settings["tokenizer_sha256"][:16], checksums[1][:16]
+            raise UserError(f"{tokens} {found}..., this one has {now}... (--tokenizer_name)")
         check_labels(attack["texts"], model.config.num_labels, path)
         if settings["gumbel_samples"] < (samples or 1):
             raise UserError(f"--best_of {samples}: {folder} holds {settings['gumbel_samples']} samples a text")

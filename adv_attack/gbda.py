@@ -63,8 +63,7 @@ def tied_soft_negative_log_likelihood(hidden, embeds, embedding, lengths=None):
     Since log p(v) = h . E_v - logsumexp and sum_v pi(v) E_v is the model's own input x = pi @ E, the sum over v of
     pi(v) log p(v) is h . x - logsumexp: only the logsumexp runs over the vocabulary.
 
-    Args:
-        hidden (..., T, H): last hidden states; embeds (..., T, H): pi @ E; embedding (V, H): rows of the candidates;
+    Args: hidden (..., T, H): last hidden states; embeds (..., T, H): pi @ E; embedding (V, H): rows of the candidates;
         lengths (...) or None: valid positions, broadcastable to the leading axes.
     Returns: (...); 0 for texts of one token.
     """
@@ -82,8 +81,7 @@ def similarity(original, adversarial, weights=None, lengths=None, adversarial_le
     The first and the last position of both texts are left out, while the weights are normalized over all positions
     (so identical texts have a little less than 1), as in the code released with the paper.
 
-    Args:
-        original (..., T, H), adversarial (..., T', H): hidden states, leading axes broadcastable to each other.
+    Args: original (..., T, H), adversarial (..., T', H): hidden states, leading axes broadcastable to each other.
         weights (..., T): idf of the original tokens, any scale; None for equal weights.
         lengths, adversarial_lengths (...): valid positions, None for all.
     Returns: (...); 0 for texts with fewer than three tokens.

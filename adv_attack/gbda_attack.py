@@ -156,16 +156,10 @@ class Attack:
             probabilities = theta[place, :length].softmax(-1)  # (T, V)
             samples = self.hard_samples(probabilities, self.args.gumbel_samples, batch.generators[place])
             losses = dict(zip(("adversarial", "similarity", "nll"), parts[:, place].tolist(), strict=True))
-            rows.append(
-                {
-                    **text,
-                    "idf": [round(value, 5) for value in self.idf[text["tokens"]].tolist()],
-                    "samples": samples,
-                    "initial_samples": self.initial_samples(text, self.args.gumbel_samples),
-                    "theta": self.summary(probabilities, text["tokens"]),
-                    "last_losses": losses if self.args.num_iters else None,
-                }
-            )
+            row = text | {"idf": [round(value, 5) for value in self.idf[text["tokens"]].tolist()], "samples": samples}
+            row["initial_samples"] = self.initial_samples(text, self.args.gumbel_samples)
+            row["theta"] = self.summary(probabilities, text["tokens"])
+            rows.append(row | {"last_losses": losses if self.args.num_iters else None})
         return rows
 
     def summary(self, probabilities, tokens):

@@ -88,14 +88,12 @@ def draw_precisions(count, shape, seed, repetition):
 
 
 def random_precision(correct, reference, repetitions, seed):
-    """Accuracy when every query gets a precision of its own.
+    """Accuracy when every query gets a precision of its own, in `repetitions` independent sequences of draws.
 
-    Args:
-        correct (P, texts, samples) bool, at each precision of the set; reference (texts, samples) bool at full
-        precision, or None; repetitions: independent sequences of draws.
-    Returns:
-        expected: accuracy (percent) over all draws, from the table itself; mean, std, low, high: over the repetitions,
-        first sample; best_of_n_mean, best_of_n_std: broken if any sample, each with its own draw, is wrong;
+    Args: correct (P, texts, samples) bool, at each precision of the set; reference (texts, samples) bool at full
+        precision, or None.
+    Returns: expected: accuracy (percent) over all draws, from the table itself; mean, std, low, high: over the
+        repetitions, first sample; best_of_n_...: broken if any sample, each with its own draw, is wrong;
         repeated_queries: share that the first sample never breaks in all repetitions; first: accuracy row of
         repetition 0; mcnemar: exact paired test against `reference` on the same inputs (None without one).
     """
@@ -204,8 +202,7 @@ def report_lines(matrices, rpi, summary, args, texts):
         alone = f"{test['only_full_precision_right']} : {test['only_random_right']}" if test else "-"
         p = f"{test['first']:.2g} ({test['median']:.2g})" if test else "-"
         spread = f"{row['low']:.1f} - {row['high']:.1f}"
-        never = row["repeated_queries"]["accuracy"]
-        cells.append([name, f"{row['expected']:.1f}", spread, f"{never:.1f}", alone, p])
+        cells.append([name, f"{row['expected']:.1f}", spread, f"{row['repeated_queries']['accuracy']:.1f}", alone, p])
     lines += [*markdown_table(header, cells), ""]
     for title, values in summary.items():
         numbers = ", ".join(f"{key} {value:.1f}" for key, value in values.items())

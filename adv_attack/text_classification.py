@@ -199,16 +199,10 @@ def main():
     if training_args.do_train:
         folder.start(**input_checksums(model, tokenizer, sources))
     widths = model_args.bit_widths if model_args.random_precision_training else None
-    trainer = ClassificationTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=features.get("train"),
-        eval_dataset=features.get("validation"),
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=classification_metrics,
-        random_widths=widths,
-    )
+    data = {"train_dataset": features.get("train"), "eval_dataset": features.get("validation")}
+    data |= {"processing_class": tokenizer, "data_collator": DataCollatorWithPadding(tokenizer)}
+    options = {"compute_metrics": classification_metrics, "random_widths": widths}
+    trainer = ClassificationTrainer(model=model, args=training_args, **data, **options)
     metrics = run(trainer, folder, training_args, widths)
     details = {"bit_config": bits, "metrics": metrics, "data": sources, "random_precision_training": widths}
     write_run_record(trainer, folder, model_args, data_args, start, **details)

@@ -127,10 +127,8 @@ def start_output_dir(args, settings):
         write_state(path, settings)
     elif changed := differences(before, settings):
         more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
-        raise UserError(
-            f"--output_dir {args.output_dir} holds an attack with other settings ({'; '.join(changed[:5])}{more}): "
-            "pass --overwrite_output_dir to start over, or another --output_dir"
-        )
+        found = f"--output_dir {args.output_dir} holds an attack with other settings ({'; '.join(changed[:5])}{more})"
+        raise UserError(f"{found}: pass --overwrite_output_dir to start over, or another --output_dir")
 
 
 def attack_all(attack, texts, args):

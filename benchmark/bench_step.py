@@ -68,8 +68,7 @@ def main():
     pdrop = {key: args.dropout for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
     config = GPT2Config(n_layer=args.layers, **pdrop)
     if args.joint:
-        w8, w84 = quantized_with_lora(config, 8), quantized_with_lora(config, 4, 8)
-        models = (w8, w84)
+        w8, w84 = models = quantized_with_lora(config, 8), quantized_with_lora(config, 4, 8)
         variants = {
             "W8A8KV8 + LoRA": (w8, (8,), False, ("fake",)),
             "joint W8, W4 + LoRA": (w84, (8, 4), False, ("fake",)),

@@ -200,8 +200,7 @@ def draw_accuracy_latency(points, shape, path):
         axes.plot(milliseconds, scores, "o", label=series)
         for config, x, y in zip(names, milliseconds, scores):
             axes.annotate(config, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axes.set_xlabel(f"milliseconds, batch {shape.replace('x', ' x ')} tokens")
-    axes.set_ylabel("exact match (%)")
+    axes.set(xlabel=f"milliseconds, batch {shape.replace('x', ' x ')} tokens", ylabel="exact match (%)")
     axes.margins(0.12)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -129,12 +129,8 @@ def load(args):
 
 
 def build(name, model, resolved, args):
-    """The peer of this name.
-
-    Args:
-        model: of `load`; ours run this very model, the others are made from its base and head.
-        resolved: the bit config of ours. args: of benchmark.py, with `onnx_file` as `export_onnx` wrote it.
-    """
+    """The peer of this name. model: of `load`; ours run this very model, the others are made from its base and head;
+    resolved: the bit config of ours; args: of benchmark.py, with `onnx_file` as `export_onnx` wrote it."""
     if args.training:
         return _training(name, model, resolved)
     if name in OURS:

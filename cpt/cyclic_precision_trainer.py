@@ -30,16 +30,10 @@ PERIODS = ("real", "floor")
 def cyclic_bit_width(step, total_steps, num_cyclic_period, min_bits, max_bits, period="real"):
     """Bits of an optimizer step: half a cosine from min_bits up to max_bits, then a jump back.
 
-    b(t) = rint(min + (max - min) / 2 * (1 - cos(pi * (t mod P) / P))), rounded half to even.
-
-    Args:
-        step: t, from 0, in optimizer steps; num_cyclic_period: number of cycles in total_steps.
-        period: "real" is P = total_steps / cycles, whose last step is at max_bits wherever a cycle is long enough;
-            "floor" is the published P = total_steps // cycles, which starts one more cycle where steps are left over.
-    Returns:
-        an int in min_bits..max_bits.
-    Raises:
-        ValueError: more cycles than steps, min_bits above max_bits, a negative step, another period.
+    b(t) = rint(min + (max - min) / 2 * (1 - cos(pi * (t mod P) / P))), rounded half to even; step: t, from 0.
+    period: "real" is P = total_steps / cycles, whose last step is at max_bits wherever a cycle is long enough; "floor"
+    is the published P = total_steps // cycles, which starts one more cycle where steps are left over.
+    Raises: UserError: more cycles than steps, min_bits above max_bits, a negative step, another period.
     Source: CPT Eq. 1; released code cpt_cifar/train.py.
     """
     if not 1 <= num_cyclic_period <= total_steps:
@@ -88,14 +82,11 @@ def training_cost(w_bits, gradient_bits=32, a_bits=None):
     the three. It counts a weight gradient of every linear, as the paper's training has it: with a frozen base that
     product is not made, so these figures compare schedules and say nothing about seconds.
 
-    Args:
-        w_bits: list, one width a step; gradient_bits: g, 32 for gradients that stay float; a_bits: list, one width a
-            step, where activations do not follow the weights.
-    Returns:
-        {"forward", "error", "weight_gradient", "total"}.
+    Args: w_bits, a_bits: a width a step; a_bits: None where activations follow the weights. gradient_bits: g, 32 for
+        gradients that stay float.
+    Returns: {"forward", "error", "weight_gradient", "total"}.
     """
-    steps = len(w_bits)
-    a_bits = w_bits if a_bits is None else a_bits
+    steps, a_bits = len(w_bits), w_bits if a_bits is None else a_bits
     forward = sum(w * a for w, a in zip(w_bits, a_bits, strict=True)) / steps / 32**2
     error = sum(w * gradient_bits for w in w_bits) / steps / 32**2
     weight_gradient = sum(a * gradient_bits for a in a_bits) / steps / 32**2
@@ -137,13 +128,10 @@ def quantize_output_gradients(model, bits):
 
 
 class CyclicPrecisionTrainer(QuestionAnsweringTrainer):
-    """Trains every optimizer step at the width that `schedule` gives it.
+    """Trains every optimizer step at the width that `schedule`, a list of bits, gives it; to_config: bits -> config.
 
     The width depends on the step alone: all processes, all micro-batches of a step and a resumed run agree. Between
     steps the model stands at the config it was given, so nothing that is saved or evaluated inherits a width.
-
-    Args:
-        schedule: list of bits, one an optimizer step; to_config: bits -> bit config.
     """
 
     def __init__(self, *args, schedule, to_config=short_config, **kwargs):

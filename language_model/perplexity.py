@@ -71,8 +71,6 @@ def perplexity_of_configs(model, configs, tokens, block_size, stride, batch_size
 
 def table_lines(rows):
     """The table as markdown."""
-    cells = [
-        [row["config"], *(f"{row[key]:.2f}" for key in ("average_w_bits", "weight_mb", "perplexity", "seconds"))]
-        for row in rows
-    ]
+    keys = ("average_w_bits", "weight_mb", "perplexity", "seconds")
+    cells = [[row["config"], *(f"{row[key]:.2f}" for key in keys)] for row in rows]
     return markdown_table(["config", "avg bits", "MB", "perplexity", "seconds"], cells)

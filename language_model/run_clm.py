@@ -130,15 +130,9 @@ def load_texts(text_args, training_args, tokenizer, block_size):
 
 
 def make_trainer(model, tokenizer, targets, train_blocks, model_args, text_args, training_args):
-    sampler = functools.partial(
-        bit_configs_for_step,
-        seed=training_args.seed,
-        layers=model.layer_shapes(),
-        bit_widths=model_args.bit_widths,
-        num_mixed_configs=text_args.num_mixed_configs,
-        sample_widths=max(len(targets) - 2, 0),
-        explicit=targets if model_args.bit_configs else None,
-    )
+    passes = {"num_mixed_configs": text_args.num_mixed_configs, "sample_widths": max(len(targets) - 2, 0)}
+    passes |= {"bit_widths": model_args.bit_widths, "explicit": targets if model_args.bit_configs else None}
+    sampler = functools.partial(bit_configs_for_step, seed=training_args.seed, layers=model.layer_shapes(), **passes)
     return JointLMTrainer(
         model=model,
         args=training_args,

@@ -9,6 +9,7 @@ python quickstart/report.py --steps results/bench_step.json results/bench_step_j
 """
 
 import argparse
+import functools
 import json
 import statistics
 from pathlib import Path
@@ -163,11 +164,6 @@ def attack_table(record, kinds=None):
     return "\n\n".join(tables)
 
 
-def quick_attack_table(record):
-    """The part of it that the quick start shows: its best-of-N rows are near zero everywhere."""
-    return attack_table(record, ["single sample"])
-
-
 def benchmark_table(record):
     """Markdown of benchmark.py: speed against float32, a column a shape; time and memory at the first."""
     cells, more = {}, {}
@@ -240,7 +236,9 @@ def main():
         parser.error("--records needs --output_dir")
     rows = read_rows(args.records)
     text = f"{NOTICE}\n\n{table(rows)}"
-    tables = {"switch_eval": switchable_table, "cpt_eval": cyclic_table, "attack_rpi": quick_attack_table}
+    # of the attacks without the best-of-N rows, which are near zero everywhere
+    single = functools.partial(attack_table, kinds=["single sample"])
+    tables = {"switch_eval": switchable_table, "cpt_eval": cyclic_table, "attack_rpi": single}
     for name, make in tables.items():
         if (args.records / f"{name}.json").exists():
             text += f"\n\n{make(load(args.records / f'{name}.json'))}"

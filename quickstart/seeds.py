@@ -80,8 +80,8 @@ def summarize(folder, seeds):
 
 def table(summary):
     """Markdown of a summary."""
-    lines = [f"| {len(summary['seeds'])} seeds | steps | passes | EM at 8 bits | EM at 4 bits |"]
-    lines += ["|---|---|---|---|---|"]
+    number = len(summary["seeds"])
+    lines = [f"| {number} seeds | steps | passes | EM at 8 bits | EM at 4 bits |", "|---|---|---|---|---|"]
     for method, label in METHODS.items():
         row = summary["methods"][method]
         cells = " | ".join(shown(*(row[bits][key] for key in ("mean", "min", "max"))) for bits in BITS)

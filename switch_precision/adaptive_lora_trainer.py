@@ -58,9 +58,8 @@ class ObjectiveArguments:
         if self.distill_temperature <= 0:
             raise UserError(f"--distill_temperature {self.distill_temperature}: must be positive")
         if self.sample_widths and (self.objective != "joint" or not bit_widths):
-            raise UserError(
-                "--sample_widths adds widths to a joint step of --bit_widths: no other objective or configs"
-            )
+            what = "adds widths to a joint step of --bit_widths"
+            raise UserError(f"--sample_widths {what}: no other objective or configs")
         if self.sample_widths > (between := max(len(bit_widths or ()) - 2, 0)):
             found = f"--bit_widths has {between} widths between the highest and the lowest"
             raise UserError(f"--sample_widths {self.sample_widths}: {found}")
@@ -76,7 +75,7 @@ class ObjectiveArguments:
 def qa_distillation_kl(student_start, student_end, teacher_start, teacher_end, mask, temperature=2.0):
     """T^2 * KL(teacher || student) at temperature T, mean of start and end and over the batch.
 
-    Args: logits (batch, seq), mask (batch, seq) true on tokens: padding is left out of both distributions.
+    Logits (batch, seq); mask (batch, seq), true on tokens: padding is left out of both distributions.
     """
 
     def log_probabilities(logits):

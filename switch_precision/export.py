@@ -65,7 +65,7 @@ def check_args(args, data_args):
         raise UserError(f"--head {args.head}: allowed are {', '.join(HEADS)}")
     if args.embeddings not in ("float32", "float16"):
         raise UserError(f"--embeddings {args.embeddings}: allowed are float32, float16")
-    if measures(data_args) and args.head != "QuantGPT2ForQuestionAnswering":
+    if (data_args.validation_file or data_args.dataset_name) and args.head != "QuantGPT2ForQuestionAnswering":
         raise UserError(
             f"--validation_file, --dataset_name: answers are compared for question answering, not {args.head}"
         )
@@ -74,11 +74,6 @@ def check_args(args, data_args):
         raise UserError(f"--output_dir {args.output_dir} is the checkpoint itself, which would be lost")
     if os.path.exists(os.path.join(args.output_dir, "config.json")) and not data_args.overwrite_output_dir:
         raise UserError(f"--output_dir {args.output_dir} holds a checkpoint: pass --overwrite_output_dir")
-
-
-def measures(data_args):
-    """Whether there is data to compare answers on."""
-    return bool(data_args.validation_file or data_args.dataset_name)
 
 
 def answers(model, tokenizer, args, data_args, configs):
@@ -120,7 +115,8 @@ def main():
     # Where it is evaluated without --bit_configs: all that it serves, by name or as it was saved.
     model.config.trained_bit_configs = [text for text in texts if not os.path.isfile(text)] or ["checkpoint"]
     first, dtype = next(iter(configs.values())), getattr(torch, args.embeddings)
-    before = answers(model, tokenizer, args, data_args, configs) if measures(data_args) else None
+    has_data = data_args.validation_file or data_args.dataset_name
+    before = answers(model, tokenizer, args, data_args, configs) if has_data else None
     parts = save_exported(model.cpu(), args.output_dir, widths, first, dtype)
     tokenizer.save_pretrained(args.output_dir)
     names = sorted(name for name in os.listdir(args.output_dir) if name != LOCK_FILE)

@@ -56,10 +56,7 @@ class SweepArguments(CheckpointArguments):
 
 
 def make_flips(reference, lows):
-    """All flips as {key: {"low_bits", "kind", "name", "layers"}}.
-
-    Args: reference: resolved config. lows: {name of the low config: resolved config}.
-    """
+    """All flips as {key: {"low_bits", "kind", "name", "layers"}}; lows: {name of the low config: resolved config}."""
     layers = list(reference)
     groups = {("layer", layer): [layer] for layer in layers}
     for block in sorted({block_of(layer) for layer in layers}):
@@ -76,10 +73,8 @@ def make_flips(reference, lows):
 
 
 def measure_chunk(forward, measure_set, chunk, reference, configs, tick):
-    """Answers, loss and KL of a chunk under the reference (first) and under each of `configs`; tick() per batch.
-
-    Returns: {"ids", "windows", "results": [{"texts", "loss", "kl"}, ...]}, losses and KL summed over windows.
-    """
+    """{"ids", "windows", "results": [{"texts", "loss", "kl"}, ...]} of a chunk under the reference (first) and under
+    each of `configs`, losses and KL summed over windows; tick() per batch."""
     ids, examples, features = measure_set.chunk_rows(chunk)
     logits = [[] for _ in range(len(configs) + 1)]  # the chunk's logits only: (2, batch, seq) per config and batch
     sums = np.zeros((len(configs) + 1, 2))

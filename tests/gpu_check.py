@@ -64,9 +64,6 @@ class Checks:
     def finish(self, name, result, seconds, tail):
         self.stages[name] = {"result": result, "seconds": round(seconds, 1), "tail": tail}
         print(f"{result:8s}{seconds:7.1f} s  {name}{'' if result == 'ok' else ': ' + tail}".rstrip(), flush=True)
-        self.write()
-
-    def write(self):
         record = run_record(
             model="tiny stand-in; GPT-2 124M size with random weights in bench_*",
             bit_config=None,

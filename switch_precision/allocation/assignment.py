@@ -27,15 +27,14 @@ def resources(kind, options, shapes):
     Returns: (linears, options) int64, and the factor: average_bits: weights; weight_mb: 1e6 bytes, as
         stored; bitops: the reference's MACs x w_bits x a_bits.
     """
-    table = []
-    for layer, entries in options.items():
-        out, inp = shapes[layer]
-        row = []
-        for bits in entries:
-            each = bits["w_bits"] * (bits["a_bits"] if kind == "bitops" else 1)
-            row.append(stored_bytes(bits["w_bits"], out, inp) if kind == "weight_mb" else out * inp * each)
-        table.append(row)
-    table = np.array(table, dtype=np.int64)
+
+    def resource(bits, out, inp):
+        if kind == "weight_mb":
+            return stored_bytes(bits["w_bits"], out, inp)
+        return out * inp * bits["w_bits"] * (bits["a_bits"] if kind == "bitops" else 1)
+
+    rows = [[resource(bits, *shapes[layer]) for bits in entries] for layer, entries in options.items()]
+    table = np.array(rows, dtype=np.int64)
     weights = sum(shapes[layer][0] * shapes[layer][1] for layer in options)
     return table, {"average_bits": weights, "weight_mb": 1e6, "bitops": table[:, 0].sum()}[kind]
 
@@ -104,10 +103,8 @@ def total(table, choice):
 
 
 def solve(cost, resource, budget):
-    """The choice of least total cost within the budget (a multiple-choice knapsack, solved exactly).
-
-    Raises: ValueError when even the least resources exceed the budget.
-    """
+    """The choice of least total cost within the budget (a multiple-choice knapsack, solved exactly); UserError if the
+    least resources exceed it."""
     least = int(resource.min(1).sum())
     if least > budget:
         raise UserError(f"budget {budget} is below the {least} of the least option everywhere")

@@ -22,11 +22,8 @@ class ReusedForward:
         self.block_forwards = 0
 
     def logits(self, inputs, base, configs):
-        """Yields the logits under `base`, then those under each of `configs`, exactly as plain forwards give them.
-
-        Args: inputs: tensors of one batch for the model. base, configs: resolved configs.
-        Yields: (2, batch, seq) float32, start and end logits. The former bits are back when the generator is closed.
-        """
+        """Yields the logits under `base`, then those under each of `configs`, exactly as plain forwards give them:
+        (2, batch, seq) float32, start and end. The former bits are back when the generator is closed."""
         before = self.model.config.bit_config
         try:
             self.model.set_bit_config(base)

@@ -56,8 +56,7 @@ def draw_heat_map(flips, path, caption):
                 axes.text(kind, block, form.format(value), ha="center", va="center", color=color, fontsize=8)
             axes.set_xticks(range(len(TYPES)), TYPES)
             axes.set_yticks(range(blocks))
-            axes.set_ylabel("block")
-            axes.set_title(f"{title}, one linear at {low}")
+            axes.set(ylabel="block", title=f"{title}, one linear at {low}")
             figure.colorbar(image, ax=axes)
     figure.suptitle(caption, fontsize=10)
     save(figure, path)
@@ -82,8 +81,7 @@ def draw_pareto(rows, groups, path, caption):
         if members[0]["exact_match_interval"] and group != "random":
             low, high = zip(*(row["exact_match_interval"] for row in members))
             axes.vlines(x, low, high, color=style["color"], alpha=0.4)
-    axes.set_xlabel("average bits of the linear weights")
-    axes.set_ylabel("exact match (%)")
+    axes.set(xlabel="average bits of the linear weights", ylabel="exact match (%)")
     axes.grid(alpha=0.3)
     axes.set_title(caption, fontsize=10)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the axes: nothing is under it
