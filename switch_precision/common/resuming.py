@@ -155,8 +155,10 @@ class OutputFolder:
         self.trains, self.world_size = training_args.do_train, training_args.world_size
         asked = training_args.resume_from_checkpoint
         self.asked = None if str(asked) in ("None", "True", "true", "False", "false") else asked
+        self._lock = None
         self.checkpoint, self.finished, self.before = on_rank_zero(self._claim)
-        self._lock = output_dir_lock(self.path, shared=True)  # every process of the run: one may outlive rank 0
+        if self._lock is None:  # every process of the run: one may outlive rank 0
+            self._lock = output_dir_lock(self.path, shared=True)
 
     @property
     def continues(self):
@@ -164,8 +166,14 @@ class OutputFolder:
         return "finished training" if self.finished else self.checkpoint and os.path.relpath(self.checkpoint)
 
     def _claim(self):
-        """(checkpoint, finished, settings of the run before)."""
+        """(checkpoint, finished, settings of the run before), with the folder shared with the other processes."""
         self._lock = output_dir_lock(self.path)
+        found = self._find_start()
+        with contextlib.suppress(OSError):  # the same file: closing a second one would end the lock
+            fcntl.lockf(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return found
+
+    def _find_start(self):
         content = own_content(self.path)
         if not self.trains:
             return None, False, None
