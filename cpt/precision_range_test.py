@@ -88,6 +88,10 @@ class RangeTestTrainer(CyclicPrecisionTrainer):
     of one width after the other.
     """
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._counts = {}  # {step: tensor of (right, all)} of the width that trains
+
     def train_widths(self, window):
         """Train all widths. Returns: (accuracies of `window` batches before training, accuracies of all steps, seconds
         of training), both a list a width.
@@ -99,8 +103,7 @@ class RangeTestTrainer(CyclicPrecisionTrainer):
             with torch.no_grad():
                 for name, value in trained.items():
                     value.copy_(start[name])
-            self.schedule = whole[first : first + steps]
-            self._counts = {}  # {step: tensor of (right, all)} of the width that trains
+            self.schedule, self._counts = whole[first : first + steps], {}
             self.optimizer = self.lr_scheduler = None  # what Adam knows is of the width before
             set_seed(self.args.seed)  # the same batches, dropout and rounding for every width
             starts.append(self.start_accuracies(window))
