@@ -341,7 +341,8 @@ def test_old_checkpoints_go_only_when_the_new_one_is_whole(run, tmp_path, monkey
 
 
 def test_left_overs_of_a_killed_run_go_and_its_command_works(run, tmp_path):
-    for name in ("run_settings.json.4242.tmp", ".saving-abc", "checkpoint-2/.saving-x", "checkpoint-2/a.json.1.tmp"):
+    names = ("run_settings.json.4242.tmp", ".saving-abcd_123", "checkpoint-2/.saving-xyz12345", "checkpoint-2/a.json.1.tmp")
+    for name in names:
         path = tmp_path / "out" / name
         path.parent.mkdir(exist_ok=True, parents=True)
         path.mkdir() if "saving" in name else path.touch()
@@ -352,10 +353,11 @@ def test_left_overs_of_a_killed_run_go_and_its_command_works(run, tmp_path):
     run()
     assert not [path for path in (tmp_path / "out").rglob("*") if path.name.endswith(".tmp") or "saving" in path.name]
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "notes.tmp").touch()
+    for name in ("notes.tmp", "thesis.json.77.tmp", "thesis.tex"):
+        (tmp_path / "other" / name).touch()
     with pytest.raises(ValueError, match="not empty"):
         run(out="other")
-    assert (tmp_path / "other" / "notes.tmp").exists()
+    assert len(list((tmp_path / "other").glob("[nt]*"))) == 3, "a folder of somebody else is left alone"
 
 
 # ---- two runs at once

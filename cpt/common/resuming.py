@@ -29,7 +29,7 @@ from models.errors import UserError
 
 logger = logging.getLogger(__name__)
 SETTINGS_FILE, MANIFEST_FILE, LOCK_FILE = "run_settings.json", "checkpoint_manifest.json", ".lock"
-LEFT_OVER = re.compile(r"\.saving-.*|.*\.\d+\.tmp")  # temporary names of save_pretrained and of record.py
+LEFT_OVER = re.compile(r"\.saving-\w{8}|.+\.(?:json|md|png)\.\d+\.tmp")  # of save_pretrained and of record.py
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 START_OVER = "pass --overwrite_output_dir to start over"
 # Everything that is not named here changes the weights that a training ends with, and is compared.
@@ -128,15 +128,13 @@ def on_rank_zero(function):
     return value
 
 
-def own_content(folder):
-    """Names in `folder` besides the lock; temporary files that a killed run left are removed."""
+def remove_left_overs(folder):
+    """Remove what killed saves of ours left in an output folder and in its checkpoints."""
     checkpoints = [os.path.join(folder, name) for name in os.listdir(folder) if CHECKPOINT.fullmatch(name)]
     for place in [folder, *filter(os.path.isdir, checkpoints)]:
         for name in filter(LEFT_OVER.fullmatch, os.listdir(place)):
             path = os.path.join(place, name)
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-    return [name for name in os.listdir(folder) if name != LOCK_FILE]
+            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
 
 class OutputFolder:
@@ -174,15 +172,16 @@ class OutputFolder:
         return found
 
     def _find_start(self):
-        content = own_content(self.path)
         if not self.trains:
             return None, False, None
         if self.asked and self.overwrite:
             raise UserError("--resume_from_checkpoint and --overwrite_output_dir contradict each other")
         before = None
+        content = [name for name in os.listdir(self.path) if name != LOCK_FILE and not LEFT_OVER.fullmatch(name)]
         if content and not self.overwrite:
             before = self._read_settings(content)
             self._refuse_changes(before, self.settings)
+        remove_left_overs(self.path)
         if self.asked and (fault := resume_fault(self.asked, self.world_size, sealed=False)):
             raise UserError(f"--resume_from_checkpoint {self.asked}: {fault}")
         if self.asked or before is None:
