@@ -341,8 +341,8 @@ def test_old_checkpoints_go_only_when_the_new_one_is_whole(run, tmp_path, monkey
 
 
 def test_left_overs_of_a_killed_run_go_and_its_command_works(run, tmp_path):
-    names = ("run_settings.json.4242.tmp", ".saving-abcd_123", "checkpoint-2/.saving-xyz12345", "checkpoint-2/a.json.1.tmp")
-    for name in names:
+    names = ("run_settings.json.4242.tmp", ".saving-abcd_123")
+    for name in (*names, "checkpoint-2/.saving-xyz12345", "checkpoint-2/a.json.1.tmp"):
         path = tmp_path / "out" / name
         path.parent.mkdir(exist_ok=True, parents=True)
         path.mkdir() if "saving" in name else path.touch()
