@@ -106,6 +106,12 @@ count_processes() {
 # launch SCRIPT FLAGS...: `nproc` processes of a script of this folder, with what was appended. -P: a file of the
 # current folder is no module of python's.
 launch() {
-    python3 -P -m torch.distributed.run --standalone --nproc_per_node="$nproc" "$here/$1" "${@:2}" \
-        ${appended[@]+"${appended[@]}"}
+    python3 -P -c '
+import sys
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main  # torchrun, but for its traceback: the process that failed has said why
+try:
+    main(sys.argv[1:])
+except ChildFailedError:
+    sys.exit(1)' --standalone --nproc_per_node="$nproc" "$here/$1" "${@:2}" ${appended[@]+"${appended[@]}"}
 }

@@ -224,7 +224,7 @@ case "$*" in
     "-c "*) exec "{sys.executable}" "$@" ;;
     *cpt/compare.py*) if [[ -z "${{STUB_ALL:-}}" ]]; then exec "{sys.executable}" "$@"; fi ;;
 esac
-if [[ "$3" == torch.distributed.run ]]; then shift 3; fi
+if [[ "$3" == *torch.distributed.run* ]]; then shift 3; fi
 printf "%s\\0" "$@" $'\\n' >>"{tmp_path / "stub" / "calls"}"
 """
     )
