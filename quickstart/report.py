@@ -5,7 +5,6 @@ python quickstart/report.py --records results/quickstart --output_dir results --
 python quickstart/report.py --attack results/adv_attack/plain_rpi.json --pages adv_attack/README.md
 python quickstart/report.py --benchmark results/benchmark.json --pages benchmark/README.md
 python quickstart/report.py --compare results/cpt_compare.json --pages cpt/README.md
-python quickstart/report.py --steps results/bench_step.json results/bench_step_joint.json --pages benchmark/README.md
 """
 
 import argparse
@@ -179,10 +178,11 @@ def benchmark_table(record):
 
 
 def step_table(record):
-    """Markdown of bench_step.py: time of a training step against the first variant's."""
-    rows = record.get("metrics", record)["variants"].items()
-    cells = ([name, shown(row["ratio"], min(row["ratios"]), max(row["ratios"]), 2)] for name, row in rows)
-    return markdown(["one training step", "time, ratio (min - max)"], cells)
+    """Markdown of bench_step.py (time) or bench_forward.py (speed), against the first variant's."""
+    rows = record["metrics"]["variants"]
+    key, head = ("speed", "one forward") if "speed" in next(iter(rows.values())) else ("ratio", "one training step")
+    cells = ([name, shown(row[key], min(row[f"{key}s"]), max(row[f"{key}s"]), 2)] for name, row in rows.items())
+    return markdown([head, f"{'time' if key == 'ratio' else key}, ratio (min - max)"], cells)
 
 
 def plot(rows, path):
