@@ -127,7 +127,6 @@ GPU = ["gpu_bench_forward.json", "gpu_bench_step.json", "gpu_bench_step_joint.js
     [
         ("report.py", "--attack", ["adv_attack/plain_rpi.json"], "adv_attack/README.md", "attack"),
         ("report.py", "--benchmark", ["benchmark.json"], "benchmark/README.md", "benchmark"),
-        ("report.py", "--compare", ["cpt_compare.json"], "cpt/README.md", "compare"),
         ("report.py", "--steps", GPU, "benchmark/README.md", "steps"),
         ("seeds.py", "--summary", ["quickstart_seeds.json"], "switch_precision/README.md", "seeds"),
     ],
