@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from . import checkpoint_rules as rules
+from .disk import sync
 from .errors import UserError
 from .user_input import read_json, refuse
 
@@ -256,15 +257,7 @@ def saving(folder):
             file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
         files = sorted(os.listdir(scratch), key=lambda name: (name == CONFIG_NAME, name))
         for path in [*(os.path.join(scratch, file) for file in files), scratch]:
-            _sync(path)
+            sync(path)
         for file in files:
             os.replace(os.path.join(scratch, file), os.path.join(folder, file))
-        _sync(folder)
-
-
-def _sync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(folder)

@@ -19,6 +19,7 @@ import torch
 from torch import distributed
 
 from common.checksums import json_checksum
+from models.disk import sync
 from models.errors import UserError
 from models.user_input import read_json
 
@@ -45,12 +46,12 @@ def atomic_path(path: str | os.PathLike):
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not every file system can sync a folder
-        _sync(folder)
+        sync(folder)
 
 
 def write_text_atomic(path: str | os.PathLike, text: str) -> None:
@@ -227,11 +228,3 @@ def _is_running(process):
     except PermissionError:
         pass  # of another user
     return True
-
-
-def _sync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

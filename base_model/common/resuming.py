@@ -25,6 +25,8 @@ from transformers import TrainingArguments
 
 from common.checksums import file_checksum, json_checksum, model_checksum, tokenizer_checksum
 from common.record import differences, load_state, write_state
+from common.training_args import FOLLOWING
+from models.disk import sync
 from models.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ def run_settings(*arguments):
     values = {field.name: getattr(part, field.name) for part in arguments for field in dataclasses.fields(part)}
     training_args = next(part for part in arguments if isinstance(part, TrainingArguments))
     left_out = FREE | ({"num_train_epochs"} if training_args.max_steps > 0 else set())
-    if not (training_args.load_best_model_at_end or training_args.lr_scheduler_type == "reduce_lr_on_plateau"):
+    if not (training_args.load_best_model_at_end or training_args.lr_scheduler_type in FOLLOWING):
         left_out |= EVALUATION
     kept = {name: value for name, value in values.items() if name not in left_out}
     return json.loads(json.dumps({**kept, "world_size": training_args.world_size}, default=str))
@@ -260,8 +262,7 @@ def seal(checkpoint):
     files = {}
     for name in sorted(os.listdir(checkpoint)):
         path = os.path.join(checkpoint, name)
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        sync(path)
         files[name] = file_checksum(path)
     write_state(os.path.join(checkpoint, MANIFEST_FILE), {"files": files})
 

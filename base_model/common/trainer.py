@@ -31,6 +31,11 @@ class ResumableTrainer(Trainer):
         on_rank_zero(folder.finish)
         return result.metrics
 
+    def _save(self, output_dir=None, state_dict=None):
+        """Model and tokenizer, without upstream's training_args.bin: a pickle, which would hold the hub token."""
+        for part in (self.model, self.processing_class) if self.args.should_save else ():
+            part.save_pretrained(output_dir or self.args.output_dir)
+
     def _save_checkpoint(self, model, trial):
         """Upstream's, with the list of files written last, and old checkpoints deleted only then."""
         folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")

@@ -10,7 +10,8 @@ import transformers
 from transformers.utils.versions import require_version
 
 from common.record import hide_tokens
-from models.errors import UserError, is_disk_error
+from models.disk import is_disk_error
+from models.errors import UserError
 
 require_version("transformers>=5.23", "pip install -r requirements.txt")
 

@@ -36,8 +36,8 @@ def model_checksum(model):
     the weights: base (or its exported codes), adapters and head.
     """
     tensors, config = model.state_dict(), model.config.to_dict()
-    names = "transformers_version architectures _name_or_path base_model_name_or_path base_checksum"
-    for key in [*names.split(), "bit_config", "trained_bit_configs"]:
+    names = "transformers_version architectures _name_or_path base_model_name_or_path base_model_revision "
+    for key in f"{names} base_checksum bit_config trained_bit_configs".split():
         config.pop(key, None)
     for name, layer in model.quant_layers().items() if model.config.exported_widths else ():
         for bits, (codes, scale) in layer.stored_codes().items():

@@ -8,6 +8,7 @@ import transformers
 from models.errors import UserError
 
 FULL_EVAL = ("bf16_full_eval", "fp16_full_eval")
+FOLLOWING = ("reduce_lr_on_plateau", "greedy")  # schedulers that follow what an evaluation measures
 
 
 class TrainingArguments(transformers.TrainingArguments):
@@ -23,7 +24,7 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self):
         if not torch.accelerator.is_available():
             self.use_cpu = True
-        follows = self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        follows = self.lr_scheduler_type in FOLLOWING
         keeps = self.load_best_model_at_end or self.save_strategy == "best"
         if self.metric_for_best_model is None and (follows or keeps):
             self.metric_for_best_model = self.metrics[0]
@@ -49,10 +50,6 @@ class TrainingArguments(transformers.TrainingArguments):
                 raise UserError(f"--{flag}: a CPU does not compute in fp16; pass --{other}, or neither for float32")
         if (started := int(os.environ.get("WORLD_SIZE", "1"))) != self.world_size:
             raise UserError(f"{started} process(es) were started, but this run has {self.world_size}")
-
-    def __reduce_ex__(self, protocol):
-        """Saved as transformers' own class: training_args.bin of a checkpoint opens without this file."""
-        return object.__new__, (transformers.TrainingArguments,), self.__dict__
 
     @property
     def run_dtype(self):
