@@ -17,7 +17,7 @@ from transformers import set_seed
 
 from common import arguments
 from common.arguments import DataTrainingArguments, option
-from common.data import load_features, trainer_arguments
+from common.data import load_features, set_qa_quantizer, trainer_arguments
 from common.flags import parse_args
 from common.loading import describe_model, load_tokenizer, open_model
 from common.record import write_run_record
@@ -61,8 +61,10 @@ def check_args(model_args, data_args, training_args):
         )
     if model_args.bitsandbytes not in (None, *METHODS):
         raise UserError(f"--bitsandbytes {model_args.bitsandbytes}: allowed are {', '.join(METHODS)}")
-    if model_args.bitsandbytes and (training_args.do_train or model_args.bit_widths or model_args.bit_config):
-        raise UserError("--bitsandbytes is weight-only quantization after training: no --do_train, no bits of ours")
+    ours = model_args.bit_widths or model_args.bit_config or model_args.quantizer
+    if model_args.bitsandbytes and (training_args.do_train or ours):
+        why = "is weight-only quantization after training: no --do_train, no bits and no --quantizer of ours"
+        raise UserError(f"--bitsandbytes {why}")
 
 
 def build_model(model_args, training, tokenizer):
@@ -101,6 +103,8 @@ def main():
     model = build_model(model_args, training_args.do_train, tokenizer)
     bits = describe_model(model)
     examples, features, sources = load_features(model, tokenizer, model_args, data_args, training_args)
+    data = data_args, training_args, folder, examples.get("train")
+    bits |= set_qa_quantizer(model, tokenizer, model_args, *data)
     if training_args.do_train:
         folder.start(**input_checksums(model, tokenizer, sources))
     elif model_args.bitsandbytes:

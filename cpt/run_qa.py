@@ -21,7 +21,7 @@ from transformers import set_seed
 import precision_range_test
 from common import arguments
 from common.arguments import DataTrainingArguments, option
-from common.data import load_features, trainer_arguments
+from common.data import load_features, set_qa_quantizer, trainer_arguments
 from common.flags import parse_args
 from common.loading import describe_model, load_tokenizer, open_model
 from common.record import plot_caption, write_run_record
@@ -185,6 +185,8 @@ def main():
     model, evaluated = build_model(model_args, cyclic_args, training_args.do_train, tokenizer, to_config)
     bits = describe_model(model)
     examples, features, sources = load_features(model, tokenizer, model_args, data_args, training_args)
+    data = data_args, training_args, folder, examples.get("train")
+    bits |= set_qa_quantizer(model, tokenizer, model_args, *data)
     if cyclic_args.gradient_bits < 32:
         quantize_output_gradients(model, cyclic_args.gradient_bits)
     if training_args.do_train:

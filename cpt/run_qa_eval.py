@@ -24,7 +24,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from common.arguments import CheckpointArguments, DataTrainingArguments, option
 from common.checksums import data_identity, file_checksum, model_checksum, tokenizer_checksum
-from common.data import build_features, load_data, make_collator, make_metric
+from common.data import build_features, load_data, make_collator, make_metric, set_qa_quantizer
 from common.flags import parse_args
 from common.loading import load_model, load_tokenizer, resolve_configs, trained_configs
 from common.record import read_state, relative_path, run_record, write_json_atomic, write_state, write_text_atomic
@@ -63,8 +63,8 @@ class EvalDataArguments(DataTrainingArguments):
 class Evaluator:
     """Evaluates configs of one model on one tokenized validation set, and keeps a record and predictions of each."""
 
-    def __init__(self, model, tokenizer, model_args, data_args, training_args, overwrite):
-        self.model, self.model_args, self.training_args = model, model_args, training_args
+    def __init__(self, model, tokenizer, model_args, data_args, training_args, quantizer, overwrite):
+        self.quantizer, self.model, self.model_args, self.training_args = quantizer, model, model_args, training_args
         self.folder, self.overwrite = training_args.output_dir, overwrite
         self.fresh = {}  # {digest: record} of this run
         examples, self.sources = load_data(data_args, ["validation"], model_args)
@@ -134,6 +134,7 @@ class Evaluator:
                 "name": name,
                 **describe_bit_config(resolved, self.model.layer_shapes()),
                 "lora_bank": self.model.config.lora_bank,
+                **self.quantizer,
                 "layers": resolved,
             },
             metrics=metrics,
@@ -188,8 +189,8 @@ def load_record(folder):
         return {**record, "predictions": json.load(file)}
 
 
-def table_lines(rows, reference):
-    """The table as markdown, with its caption."""
+def table_lines(rows, reference, quantizer):
+    """The table as markdown, with its caption. quantizer: of `set_quantizer`."""
     header = ["config", "avg bits", "MB", "BitOPs", "EM", "F1", "EM drop", "F1 drop", "p", "seconds"]
     cells = [
         [
@@ -204,9 +205,12 @@ def table_lines(rows, reference):
         ]
         for row in rows
     ]
+    own, served = quantizer["checkpoint_quantizer"], quantizer["quantizer"]
+    quantizer = served if own == served else f"{served} (the checkpoint has {own})"
     caption = (
-        f"Drops, BitOPs and p (exact McNemar test of EM) are against {reference}; [95 % bootstrap interval over "
-        "questions]; MB: linear weights as they are stored, with scales (up to 4 bits two a byte, above that one)."
+        f"Quantizer: {quantizer}. Drops, BitOPs and p (exact McNemar test of EM) are against {reference}; [95 % "
+        "bootstrap interval over questions]; MB: linear weights as they are stored, with scales (up to 4 bits two a "
+        "byte, above that one)."
     )
     return [*markdown_table(header, cells), "", caption]
 
@@ -225,17 +229,19 @@ def main():
     configs = resolve_configs(model, [first, *asked])
     reference = next(iter(configs))
     _lock = run_lock(training_args.output_dir)
-    evaluator = Evaluator(model, tokenizer, model_args, data_args, training_args, data_args.overwrite_output_dir)
+    quantizer = set_qa_quantizer(model, tokenizer, model_args, data_args, training_args)
+    overwrite = data_args.overwrite_output_dir
+    evaluator = Evaluator(model, tokenizer, model_args, data_args, training_args, quantizer, overwrite)
     model.keep_only_codes(configs.values())  # once the identity of the records has the checksum of the weights
     rows = evaluator.table(evaluator.evaluate_all(configs), reference, model_args.num_bootstrap)
     if evaluator.trainer.is_world_process_zero():
-        lines = table_lines(rows, reference)
+        lines = table_lines(rows, reference, quantizer)
         print("\n".join(lines), flush=True)
         folder = training_args.output_dir
         write_text_atomic(os.path.join(folder, "table.md"), "\n".join(lines) + "\n")
         record = run_record(
             model=relative_path(model_args.model_name_or_path),
-            bit_config={"reference": reference, "layers": configs},
+            bit_config={"reference": reference, **quantizer, "layers": configs},
             metrics={f"{row['config']}_{key}": row[key] for row in rows for key in ("exact_match", "f1")},
             data=evaluator.sources,
             seed=training_args.seed,

@@ -8,6 +8,8 @@ The second form takes any text (rows with "text" as JSON lines, or documents sep
 vocabulary of an existing tokenizer: a stand-in for pretrained weights where there is no hub.
 
 The folder works as --model_name_or_path of every script. 4 blocks of width 128 with 4 heads, about 1 million weights.
+Outlier channels as those of pretrained language models do not grow in so short a training, so they are put in at its
+start (`put_in_outliers`), and all weights then live with them; how large is an assumption, --outlier_factor.
 Two values differ from GPT-2's: no dropout (the text is seen once or twice), and initializer_range 0.08, since 0.02 is
 small for a width of 128 (1/sqrt(128) is 0.09) and learned more slowly.
 """
@@ -29,6 +31,21 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, get_cos
 
 END = "<|endoftext|>"
 POSITIONS = 256  # the longest document has about 130 tokens
+
+
+OUTLIERS = 3  # channels of every LayerNorm
+
+
+def put_in_outliers(model: GPT2LMHeadModel, factor: float, seed: int):
+    """Scales the gains of OUTLIERS channels, the same in every block, by factor, factor / 2, factor / 3, and their
+    columns in the linear that reads them by the inverse. Only a start: before training, which moves both."""
+    channels = random.Random(seed).sample(range(model.config.n_embd), OUTLIERS)
+    for block in model.transformer.h:
+        for norm, linear in ((block.ln_1, block.attn.c_attn), (block.ln_2, block.mlp.c_fc)):
+            for k, channel in enumerate(channels, 1):
+                gain = max(factor / k, 1.0)
+                norm.weight.data[channel] *= gain
+                linear.weight.data[channel] /= gain  # Conv1D: (in, out)
 
 
 def train_tokenizer(documents: list, vocab_size: int) -> GPT2TokenizerFast:
@@ -113,6 +130,8 @@ def main():
     parser.add_argument("--max_steps", type=int, default=2000, help="optimizer steps (default: 2000)")
     parser.add_argument("--batch_size", type=int, default=16, help="documents a step (default: 16)")
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="peak, cosine schedule (default: 2e-3)")
+    text = "outlier channels at the start: this, 1/2 and 1/3 of it; 1: none (default: 30)"
+    parser.add_argument("--outlier_factor", type=float, default=30.0, help=text)
     args = parser.parse_args()
     text_file, manifest_file = args.text_file or args.data_dir / "pretrain.txt", args.output_dir / "manifest.json"
     if not text_file.is_file():
@@ -128,6 +147,8 @@ def main():
             parser.error(f"--{flag} {getattr(args, flag)}: must be at least {least}")
     if not 0 < args.learning_rate < math.inf:
         parser.error(f"--learning_rate {args.learning_rate}: must be a number above 0")
+    if not 1 <= args.outlier_factor <= 1000:
+        parser.error(f"--outlier_factor {args.outlier_factor}: must be a number, 1 to 1000")
     if args.n_embd % args.n_head:
         parser.error(f"--n_embd {args.n_embd} is not a multiple of --n_head {args.n_head}")
 
@@ -165,6 +186,7 @@ def main():
         **dict.fromkeys(("bos_token_id", "eos_token_id"), end),
     )
     model = GPT2LMHeadModel(config)
+    put_in_outliers(model, args.outlier_factor, args.seed)
     pretrain(model, sequences, args)
 
     # The files move in from a temporary folder, the manifest last, so a killed run leaves no folder that looks ready.

@@ -81,7 +81,8 @@ def answers(model, tokenizer, args, data_args, configs):
     with tempfile.TemporaryDirectory() as scratch:
         batch = {"per_device_eval_batch_size": args.per_device_eval_batch_size}
         training_args = TrainingArguments(scratch, report_to="none", disable_tqdm=True, **batch)
-        evaluator = Evaluator(model, tokenizer, args, data_args, training_args, overwrite=True)
+        about = {"quantizer": model.config.quantizer}
+        evaluator = Evaluator(model, tokenizer, args, data_args, training_args, about, overwrite=True)
         records = {name: evaluator.evaluate(name, resolved) for name, resolved in configs.items()}
     texts = {name: record["predictions"] for name, record in records.items()}
     return texts, {name: record["metrics"]["eval_exact_match"] for name, record in records.items()}, evaluator.sources

@@ -19,7 +19,7 @@ from transformers.trainer_utils import SchedulerType
 
 from adaptive_lora_trainer import AdaptiveLoRATrainer, ObjectiveArguments
 from common.arguments import DataTrainingArguments
-from common.data import load_features, trainer_arguments
+from common.data import load_features, set_qa_quantizer, trainer_arguments
 from common.flags import parse_args
 from common.loading import describe_model, load_tokenizer, open_model
 from common.record import write_run_record
@@ -71,6 +71,8 @@ def main():
     model, targets = build_model(model_args, objective_args, training_args.do_train, tokenizer)
     bits = describe_model(model)
     examples, features, sources = load_features(model, tokenizer, model_args, data_args, training_args)
+    data = data_args, training_args, folder, examples.get("train")
+    bits |= set_qa_quantizer(model, tokenizer, model_args, *data)
     if objective_args.objective == "sequential" and training_args.lr_scheduler_type == "cosine":
         # Each phase is a run of its own in the published code: the cosine starts again with it.
         training_args.lr_scheduler_type = SchedulerType.COSINE_WITH_RESTARTS

@@ -28,6 +28,7 @@ from allocation.measure_set import autocast_of, load_measure_set, span_kl, span_
 from allocation.plots import draw_pareto
 from common.arguments import CheckpointArguments, option
 from common.checksums import model_checksum
+from common.data import set_qa_quantizer
 from common.flags import parse_args
 from common.loading import load_model, load_tokenizer, resolve_configs
 from common.record import plot_caption, relative_path, run_record, write_json_atomic, write_text_atomic
@@ -205,6 +206,7 @@ def main():
     sensitivity = assignment.read_sensitivity(args.sensitivity_file)
     tokenizer = load_tokenizer(args)
     model = load_model(QuantGPT2ForQuestionAnswering, args, tokenizer).to(training_args.device)
+    quantizer = set_qa_quantizer(model, tokenizer, args, data_args, training_args)
     assignment.refuse_other_checkpoint(args.sensitivity_file, sensitivity, model_checksum(model))
     problem = Problem(sensitivity, model, args.bit_widths, args.score)
     budgets = budgets_of(args, main_budget, problem)
@@ -220,11 +222,11 @@ def main():
         configs, randoms[name] = configs | drawn, list(drawn)
     configs |= published_hybrid(model)
 
-    evaluator = Evaluator(model, tokenizer, args, data_args, training_args, data_args.overwrite_output_dir)
+    evaluator = Evaluator(model, tokenizer, args, data_args, training_args, quantizer, data_args.overwrite_output_dir)
     model.keep_only_codes(configs.values())
     reference = problem.names[0]
     rows = evaluator.table(evaluator.evaluate_all(configs), reference, args.num_bootstrap)
-    lines = table_lines(rows, reference)
+    lines = table_lines(rows, reference, quantizer)
     for name in budgets if args.num_random else ():
         reports[name]["random"] = contrast(rows, name, randoms[name])
         lines.append(f"{name} against random assignments of its budget: {json.dumps(reports[name]['random'])}")
@@ -237,7 +239,7 @@ def main():
         write_json_atomic(os.path.join(folder, "pareto.json"), {"groups": groups, "rows": rows})
     record = run_record(
         model=relative_path(args.model_name_or_path),
-        bit_config={"reference": reference, "layers": configs},
+        bit_config={"reference": reference, **quantizer, "layers": configs},
         metrics={f"{row['config']}_{key}": row[key] for row in rows for key in ("exact_match", "f1")},
         data=evaluator.sources,
         seed=training_args.seed,

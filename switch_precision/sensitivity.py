@@ -28,6 +28,7 @@ from allocation.measure_set import autocast_of, load_measure_set, span_kl, span_
 from allocation.plots import TYPES, draw_heat_map
 from common.arguments import CheckpointArguments, DataTrainingArguments, option
 from common.checksums import data_identity, model_checksum, tokenizer_checksum
+from common.data import set_qa_quantizer
 from common.flags import parse_args
 from common.loading import load_model, load_tokenizer, resolve_configs
 from common.record import differences, plot_caption, read_state, relative_path, run_record, write_state
@@ -208,6 +209,7 @@ def main():
     if not lows or reference in lows.values():
         shown = " ".join(model_args.low_bits)
         raise UserError(f"--low_bits {shown}: allowed are configs other than --reference_config {name}")
+    quantizer = set_qa_quantizer(model, tokenizer, model_args, data_args, training_args)
     _lock = run_lock(folder)
     chunk = model_args.chunk_batches
     measure_set, sources = load_measure_set(model, tokenizer, model_args, data_args, training_args, chunk)
@@ -234,7 +236,7 @@ def main():
     description = {"name": name, **describe_bit_config(reference, model.layer_shapes())}
     record = run_record(
         model=relative_path(model_args.model_name_or_path),
-        bit_config={**description, "lora_bank": model.config.lora_bank, "layers": reference},
+        bit_config={**description, **quantizer, "lora_bank": model.config.lora_bank, "layers": reference},
         metrics=measured["reference"],
         data=sources,
         seed=seed,

@@ -79,7 +79,7 @@ def test_codes_are_those_of_the_cpu(dtype, bits, device):
 def test_integer_execution_agrees_with_fake_quantization(w_bits, a_bits, kv_bits, device):
     """The codes are equal by the test above; the sums then agree to float rounding."""
     torch.manual_seed(0)
-    layer = QuantLinear(768, 2304, with_kv=True)
+    layer = QuantLinear(768, 2304, head_size=64)
     layer.add_lora([str(w_bits)], r=8, lora_alpha=16)
     torch.nn.init.normal_(layer.lora_B[str(w_bits)].weight, std=0.02)
     torch.nn.init.normal_(layer.bias)
@@ -88,7 +88,7 @@ def test_integer_execution_agrees_with_fake_quantization(w_bits, a_bits, kv_bits
     x = torch.randn(40, 768, device=device)
     codes, scale = layer.quantized_weight()
     lora = (layer.lora_A[str(w_bits)].weight, layer.lora_B[str(w_bits)].weight, layer.scaling)
-    found = integer_linear(x, codes, scale, layer.bias, a_bits, lora)
+    found = integer_linear(x, codes, scale, layer.bias, a_bits, lora=lora)
     expected = fake_quantize(x, a_bits) @ fake_quantize(layer.weight, w_bits).t() + layer.bias
     expected += layer.scaling * (x @ lora[0].t()) @ lora[1].t()
     assert_close_to_scale(found, expected, 1e-5)

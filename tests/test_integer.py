@@ -43,7 +43,7 @@ def model(trained):
 
 def make_layer(inp=24, out=36, kv=True, lora=True, seed=0):
     torch.manual_seed(seed)
-    layer = QuantLinear(inp, out, with_kv=kv)
+    layer = QuantLinear(inp, out, head_size=4 if kv else None)
     torch.nn.init.normal_(layer.bias)
     if lora:
         layer.add_lora(["shared"], r=3, lora_alpha=6)

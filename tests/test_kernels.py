@@ -53,10 +53,11 @@ def test_low_rank_half_of_lora(rows, n, r):
         assert all(map(torch.equal, (codes, scale), quantize(x, 4)))
 
 
-@pytest.mark.parametrize("kv_bits", [None, 32, 8, 4, 2])
+@pytest.mark.parametrize(("kv_bits", "rotated"), [(None, 1), (32, 1), (8, 0), (8, 1), (4, 0), (4, 1), (2, 0)])
 @pytest.mark.parametrize("r", [0, 1, 8, 11])
-@pytest.mark.parametrize(("rows", "n"), [(1, 3), (17, 36), (33, 1536)])
-def test_finish(rows, n, r, kv_bits):
+@pytest.mark.parametrize(("rows", "n", "head_size"), [(1, 3, 1), (17, 36, 12), (33, 1536, 64)])
+def test_finish(rows, n, head_size, r, kv_bits, rotated):
+    """What it adds up against float64; K and V are those of the oracle, bit for bit."""
     acc = torch.randint(-100_000, 100_000, (rows, n), dtype=torch.int32)
     row_scale, column_scale, bias = torch.rand(rows, 1), torch.rand(n) * 1e-3, torch.randn(n)
     low_rank, B = torch.randn(rows, r), torch.randn(n, r)
@@ -65,11 +66,12 @@ def test_finish(rows, n, r, kv_bits):
     for passes in (kernels, integer):
         plain, out = torch.full((rows, n + 5), 7.0), torch.full((rows, n + 5), 7.0)
         arguments = (acc, row_scale, column_scale, bias, low_rank, B.t().contiguous() if r else None)
-        passes.finish_rows(*arguments, None, plain[:, :n])
-        passes.finish_rows(*arguments, kv_bits, out[:, :n])
+        passes.finish_rows(*arguments, None, None, plain[:, :n])
+        heads = head_size if rotated else None
+        passes.finish_rows(*arguments, kv_bits, heads, out[:, :n])
         assert relative_error(plain[:, :n], expected) < 1e-6
         assert (out[:, n:] == 7).all() and torch.equal(out[:, :third], plain[:, :third])
-        assert torch.equal(out[:, :n], fake_quantize_kv_(plain[:, :n].clone(), kv_bits))
+        assert torch.equal(out[:, :n], fake_quantize_kv_(plain[:, :n].clone(), kv_bits, heads))
 
 
 def test_nan_goes_through_a_layer():
@@ -79,7 +81,7 @@ def test_nan_goes_through_a_layer():
     assert scale.isnan().flatten().tolist() == low_rank.isnan().any(1).tolist() == [False, False, True, False]
     out = torch.empty(4, 6)
     acc = torch.ones(4, 6, dtype=torch.int32)
-    kernels.finish_rows(acc, scale, torch.ones(6), torch.ones(6), torch.zeros(4, 0), None, 8, out)
+    kernels.finish_rows(acc, scale, torch.ones(6), torch.ones(6), torch.zeros(4, 0), None, 8, None, out)
     assert out.isnan().all(1).tolist() == [False, False, True, False]
 
 

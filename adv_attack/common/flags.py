@@ -12,6 +12,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from common.training_args import refuse_processes
 from models.bit_config import ALLOWED_BITS, ALLOWED_TEXT
+from models.checkpoint_rules import QUANTIZERS
 from models.errors import UserError
 from models.user_input import read_json, show
 
@@ -19,7 +20,8 @@ NAME_MAX = 255  # bytes of a file's name, on all common file systems
 POSITIVE = (
     "max_seq_length n_best_size max_answer_length max_train_samples max_eval_samples max_predict_samples lora_r "
     "lora_alpha preprocessing_num_workers per_device_train_batch_size per_device_eval_batch_size num_train_epochs "
-    "gradient_accumulation_steps eval_accumulation_steps average_bits weight_mb bitops chunk_batches range_test_steps"
+    "gradient_accumulation_steps eval_accumulation_steps average_bits weight_mb bitops chunk_batches range_test_steps "
+    "calibration_samples"
 ).split()
 NOT_NEGATIVE = (
     "doc_stride num_bootstrap num_gradient_batches num_random refine_rounds learning_rate weight_decay max_grad_norm "
@@ -30,6 +32,7 @@ CHOICES = {
     "execution": ("integer", "fake"),
     "backward_dtype": ("fp32", "bf16"),
     "measure_split": ("validation", "train"),
+    "quantizer": QUANTIZERS,
 }
 WIDTHS = ("bit_widths", "eval_bit_widths", "fixed_bits")
 

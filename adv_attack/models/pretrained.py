@@ -7,7 +7,7 @@ import torch
 from transformers.initialization import no_init_weights
 
 from .checkpoint import QuantGPT2Config, open_base, open_checkpoint, saving
-from .checkpoint_rules import FLOAT_DTYPES, RULES, is_base
+from .checkpoint_rules import FLOAT_DTYPES, ROTATION, RULES, is_base
 from .errors import UserError
 from .exported import take_codes
 from .user_input import refuse
@@ -47,6 +47,8 @@ class PretrainedMixin:
         try:
             with no_init_weights():
                 model = cls(QuantGPT2Config(**fields, **attention))
+            if fields.get("quantizer") == "rotated":
+                model.set_rotations({name: state.pop(name + ROTATION) for name in model.quant_layers()})
         except (ValueError, ImportError) as error:  # bits without an adapter or codes, an attention that is not there
             raise UserError(f"{checkpoint.path}: {error}") from None
         if fields.get("exported_widths"):

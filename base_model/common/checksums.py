@@ -42,7 +42,12 @@ def model_checksum(model):
     for name, layer in model.quant_layers().items() if model.config.exported_widths else ():
         for bits, (codes, scale) in layer.stored_codes().items():
             tensors |= {f"{name}.codes.{bits}": codes, f"{name}.scale.{bits}": scale}
-    digest = hashlib.sha256(json_checksum(config).encode())
+    return tensors_checksum(tensors, json_checksum(config))
+
+
+def tensors_checksum(tensors, start=""):
+    """sha256 over `start`, names and float32 bytes of {name: tensor}."""
+    digest = hashlib.sha256(start.encode())
     for name, value in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(value.detach().float().cpu().contiguous().numpy())

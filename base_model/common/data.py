@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 
 import datasets
 import evaluate
@@ -9,9 +10,11 @@ from datasets.fingerprint import Hasher
 from transformers import DataCollatorWithPadding
 
 import utils_qa
+from common.calibration import set_quantizer
 from common.checksums import file_checksum, json_checksum, tokenizer_checksum
 from common.record import relative_path
 from common.squad_data import load_qa_datasets
+from models.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,41 @@ def load_data(data_args, splits, model_args):
     return examples, sources
 
 
+def feature_settings(data_args, max_positions):
+    """How windows are cut: keywords of `utils_qa.prepare_*_features`."""
+    return {
+        "max_seq_length": min(data_args.max_seq_length, max_positions),
+        "doc_stride": data_args.doc_stride,
+        "separator": data_args.question_separator.encode("latin-1", "backslashreplace").decode("unicode_escape"),
+    }
+
+
+def calibration_windows(model, tokenizer, model_args, data_args, seed, examples=None):
+    """Token ids of --calibration_samples windows of training questions, drawn with `seed`.
+
+    examples: the training examples where they are loaded already. Raises UserError: no training data, or too few.
+    """
+    if examples is None:
+        if not (data_args.train_file or data_args.dataset_name):
+            why = "the checkpoint has no rotation, and it is calibrated on training questions"
+            raise UserError(f"--quantizer rotated: {why}: pass --train_file or --dataset_name")
+        examples = load_data(data_args, ["train"], model_args)[0]["train"]
+    if (wanted := model_args.calibration_samples) > len(examples):
+        raise UserError(f"--calibration_samples {wanted}: allowed are up to {len(examples)}, the training questions")
+    chosen = examples.select(random.Random(seed).sample(range(len(examples)), wanted))
+    settings = feature_settings(data_args, model.config.max_position_embeddings)
+    return utils_qa.prepare_validation_features(chosen[:], tokenizer, **settings)["input_ids"][:wanted]
+
+
+def set_qa_quantizer(model, tokenizer, model_args, data_args, training_args, folder=None, examples=None):
+    """`calibration.set_quantizer` with questions. folder: the OutputFolder of a training; examples: its questions."""
+
+    def windows():
+        return calibration_windows(model, tokenizer, model_args, data_args, training_args.seed, examples)
+
+    return set_quantizer(model, model_args, training_args.seed, windows, folder and folder.weights)
+
+
 def build_features(examples, split, source, tokenizer, data_args, training_args, max_positions):
     """Token windows of a split; those to evaluate are sorted by length, so that batches need little padding.
 
@@ -48,11 +86,7 @@ def build_features(examples, split, source, tokenizer, data_args, training_args,
     the cache file covers all that they depend on.
     """
     build = utils_qa.prepare_train_features if split == "train" else utils_qa.prepare_validation_features
-    settings = {
-        "max_seq_length": min(data_args.max_seq_length, max_positions),
-        "doc_stride": data_args.doc_stride,
-        "separator": data_args.question_separator.encode("latin-1", "backslashreplace").decode("unicode_escape"),
-    }
+    settings = feature_settings(data_args, max_positions)
     code = file_checksum(utils_qa.__file__)
     parts = [split, source["sha256"], len(examples), sorted(settings.items()), code, tokenizer_checksum(tokenizer)]
     folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "qa_features")

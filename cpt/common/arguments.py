@@ -26,6 +26,12 @@ class HubArguments:
     model_revision: str = option("main", "branch, tag or commit on the hub")
     token: str | None = option(None, "hub token (default: the one of `hf auth login`)")
     attn_implementation: str | None = option(None, "eager, sdpa or another attention of transformers")
+    quantizer: str | None = option(
+        None,
+        "minmax (as published) or rotated (balanced rotation, which spreads outlier channels); default: that of the "
+        "checkpoint, minmax for stock weights; rotated needs training data to calibrate where the checkpoint has none",
+    )
+    calibration_samples: int = option(256, "training windows that the rotated quantizer is calibrated on")
 
 
 @dataclasses.dataclass

@@ -14,15 +14,19 @@ from .bit_config import ALLOWED_BITS, SHORT_FORM, resolve_bit_config
 from .errors import UserError
 from .fast.integer import PACKED_BITS, unpack_int4
 from .quantization import QUANTIZED_BITS
+from .rotation import rotation_faults
 from .user_input import show
 
 CHECKSUM = "weights_sha256"  # key of config.json: sha256 of the bytes of model.safetensors
+QUANTIZERS = ("minmax", "rotated")
+ROTATION = ".rotation"  # what follows a linear's name in the name of its vector d
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_base(name):
-    """True for the weights of the pretrained body, False for adapters and heads."""
-    return name.startswith("transformer.") and ".lora_" not in name or name.startswith("lm_head.")
+    """True for the weights of the pretrained body, False for adapters, rotations and heads."""
+    own = ".lora_" in name or name.endswith(ROTATION)
+    return (name.startswith("transformer.") and not own) or name.startswith("lm_head.")
 
 
 def linear_shapes(fields):
@@ -113,6 +117,7 @@ OWN_RULES = RULES | {
         list_of(matching(r"checkpoint|[0-9]{1,2}|" + SHORT_FORM.pattern, '"8", "W4A8KV8" or "checkpoint"'))
     ),
     "bit_config": or_null((lambda value: isinstance(value, dict), "an object with the bits of every linear")),
+    "quantizer": one_of(*QUANTIZERS),
     "exported_widths": or_null((lambda value: isinstance(value, dict), "an object with the widths of every linear")),
 }
 
@@ -251,8 +256,16 @@ def tensor_faults(fields, state):
         for bits in widths:
             pair = [state.get(f"{linear}.{kind}.{bits}") for kind in ("codes", "scale")]
             faults += _code_faults(linear, linear_shapes(fields)[linear], bits, *pair)
+    rotated = fields.get("quantizer") == "rotated"
+    for linear, (_, n) in linear_shapes(fields).items():
+        name, rotation = linear + ROTATION, state.get(linear + ROTATION)
+        if rotation is not None and rotated:
+            faults += rotation_faults(name, rotation, n)
+        elif (rotation is not None) != rotated:
+            found = "missing" if rotated else "there"
+            faults.append(f'"{name}" is {found}, but "quantizer" is "{QUANTIZERS[rotated]}"')
     for name, tensor in state.items():
-        if ".codes." in name or ".scale." in name:
+        if ".codes." in name or ".scale." in name or name.endswith(ROTATION):
             continue
         if tensor.dtype not in FLOAT_DTYPES:
             faults.append(f'"{name}" is {str(tensor.dtype).removeprefix("torch.")}: allowed are {names}')

@@ -11,7 +11,8 @@ BACKWARD_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 @dataclasses.dataclass
 class Execution:
-    """kind: "fake" (quantize, dequantize, float product) or "integer" (product of int8 codes).
+    """kind: "fake" (quantize, dequantize, float product) or "integer" (product of int8 codes); for a while "float":
+    nothing is quantized, whatever the bits.
 
     backward_dtype: dtype of the product dL/dx = dL/dy W with a frozen quantized W; None: that of dL/dy.
     """

@@ -1,9 +1,9 @@
 """The deployable form of a model: packed integer codes of the widths that are served, no float linear weights.
 
 In `model.safetensors`: `<layer>.codes.<bits>` (int8, up to 4 bits two a byte) and `<layer>.scale.<bits>` (float32)
-of every linear; the adapters of these widths, biases, LayerNorm and head in float32; embeddings in float32, or in
-float16, which rounds them (float32 again in memory). `config.exported_widths` says what is there. `from_pretrained`
-opens such a folder like any other.
+of every linear, with the rotated quantizer also `<layer>.rotation` (float32); the adapters of these widths, biases,
+LayerNorm and head in float32; embeddings in float32, or in float16, which rounds them (float32 again in memory).
+`config.exported_widths` says what is there. `from_pretrained` opens such a folder like any other.
 """
 
 import copy
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .checkpoint import WEIGHTS_NAME, saving
+from .checkpoint_rules import ROTATION
 from .errors import UserError
 from .quantization import QUANTIZED_BITS
 
@@ -45,6 +46,8 @@ def exported_state(model, widths, embeddings_dtype=torch.float32):
         if layer in layers and adapter:
             if adapter.split(".")[1] in served[layer]:
                 put(name, tensor, "adapters")
+        elif name.endswith(ROTATION):
+            put(name, tensor, "scales")
         elif name in embeddings:
             put(name, tensor.to(embeddings_dtype), "embeddings")
         elif name not in tied and name.removesuffix(".weight") not in layers:

@@ -151,7 +151,7 @@ class OutputFolder:
     def __init__(self, training_args, overwrite, settings):
         self.path, self.overwrite, self.settings = training_args.output_dir, overwrite, settings
         self._settings_file = os.path.join(self.path, SETTINGS_FILE)
-        self._weights = os.path.join(self.path, "model.safetensors")
+        self._weights_file = os.path.join(self.path, "model.safetensors")
         self.trains, self.world_size = training_args.do_train, training_args.world_size
         asked = training_args.resume_from_checkpoint
         self.asked = None if str(asked) in ("None", "True", "true", "False", "false") else asked
@@ -164,6 +164,11 @@ class OutputFolder:
     def continues(self):
         """What the run goes on from, for its record: None, a checkpoint, or "finished training"."""
         return "finished training" if self.finished else self.checkpoint and os.path.relpath(self.checkpoint)
+
+    @property
+    def weights(self):
+        """Folder of the weights that a training goes on from or has ended with; None at its start."""
+        return self.path if self.finished else self.checkpoint
 
     def _claim(self):
         """(checkpoint, finished, settings of the run before), with the folder shared with the other processes."""
@@ -212,9 +217,9 @@ class OutputFolder:
     def _is_finished(self, before):
         if not before.get("finished"):
             return False
-        whole = os.path.isfile(self._weights) and file_checksum(self._weights) == before["finished"]
+        whole = os.path.isfile(self._weights_file) and file_checksum(self._weights_file) == before["finished"]
         if not whole:
-            logger.warning("%s: missing or damaged, though the training is finished", self._weights)
+            logger.warning("%s: missing or damaged, though the training is finished", self._weights_file)
         return whole
 
     def _newest_checkpoint(self):
@@ -253,7 +258,7 @@ class OutputFolder:
 
     def finish(self):
         """The model that was saved in the folder is what the training ended with."""
-        self.before["finished"] = file_checksum(self._weights)
+        self.before["finished"] = file_checksum(self._weights_file)
         write_state(self._settings_file, self.before)
 
 

@@ -1,8 +1,9 @@
 """KV cache of integer codes for generation: int8, two a byte up to 4 bits; a float32 scale per token of K and of V.
 
 `attn.c_attn` hands out K and V fake-quantized already (quantization.fake_quantize_kv_: one scale per token, shared by
-the heads, as LLM-QAT, arXiv:2305.17888). Every such value is code * scale, so the cache takes codes and scale back
-out of the values and gives the same values again, bit for bit: a token is never quantized a second time.
+the heads, as LLM-QAT, arXiv:2305.17888; with the rotated quantizer one per head, codes in the head's Hadamard basis).
+Every such value is code * scale, or a sum of codes * scale, so the cache takes codes and scale back out of the values
+and gives the same values again, bit for bit: a token is never quantized a second time.
 
     cache = QuantizedKVCache(model.config)
     model.generate(**inputs, past_key_values=cache)
@@ -14,34 +15,40 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from .errors import UserError
 from .fast.integer import PACKED_BITS
-from .quantization import FLOAT_BITS, dequantize
+from .quantization import FLOAT_BITS, dequantize, head_values
+from .rotation import block_size, hadamard
 
 
-def recover_codes(values, bits):
-    """Codes and scale of values that `fake_quantize` made: the inverse of its last step.
+def recover_codes(values, bits, rotated=False):
+    """Codes and scale of values that `fake_quantize` made, or `fake_quantize_kv_` of heads: the inverse of its last
+    step.
 
-    The largest entry of a row has code qmax, hence the other codes. A value is code * scale rounded to its dtype, so
-    each entry leaves an interval of scales that round to it. All of them meet in the scale that was used, and the
-    float32 next to the middle of what they share gives back every value.
+    The largest entry of a row (rotated: of its Hadamard transform) has code qmax, hence the other codes. A value is a
+    whole number (the code, or a sum of codes) * scale rounded to its dtype, so each entry leaves an interval of scales
+    that round to it. All of them meet in the scale that was used, and the float32 next to the middle of what they
+    share gives back every value.
 
-    values: (..., n) float; bits: 2 to 8. Returns codes: (..., n) int8 and scale: (..., 1) float32, with
-    dequantize(codes, scale).to(values.dtype) == values. Raises ValueError for values that are not on a grid of `bits`
-    (quantized at other bits, not at all, or not finite).
+    values: (..., n) float; bits: 2 to 8; rotated: rows are heads. Returns codes: (..., n) int8 and scale: (..., 1)
+    float32, with dequantize(codes, scale), or head_values, .to(values.dtype) == values. Raises ValueError for values
+    that are not on a grid of `bits` (quantized at other bits, not at all, or not finite).
     """
     if values.dtype == torch.float64:
         values = values.float()  # exact: the quantizer computes in float32
-    magnitude = values.abs()
-    amax = magnitude.amax(-1, keepdim=True).double()
+    magnitude, block = values.abs(), block_size(values.shape[-1])
+    grid = (hadamard(values, block) if rotated else values).double()
+    amax = grid.abs().amax(-1, keepdim=True)
     step = (amax / (2 ** (bits - 1) - 1)).clamp(min=torch.finfo(torch.float32).tiny)  # the smallest scale there is
-    codes = (values / step).round_()
-    zero, count = codes == 0, codes.abs()
+    codes = (grid / step).round_()
+    count = (hadamard(codes, block).double() / block if rotated else codes).abs()
+    zero = count == 0
     below = torch.nextafter(magnitude, torch.zeros_like(magnitude)).double()
     above = torch.nextafter(magnitude, torch.full_like(magnitude, torch.inf)).double()
     low = ((below + magnitude) / 2 / count).masked_fill_(zero, 0).amax(-1, keepdim=True)
     high = ((above + magnitude) / 2 / count).masked_fill_(zero, torch.inf).amin(-1, keepdim=True)
     scale = torch.where(amax == 0, 0, (low + high) / 2).float()
     codes = codes.to(torch.int8)
-    if not torch.equal(dequantize(codes, scale).to(values.dtype), values):
+    restored = head_values(codes, scale) if rotated else dequantize(codes, scale)
+    if not torch.equal(restored.to(values.dtype), values):
         raise UserError(
             f"K/V are not values of the {bits}-bit quantizer, which this cache was made for: either the bits of the "
             "model were changed after the cache was made, or K/V are not finite"
@@ -53,7 +60,8 @@ class QuantizedKVLayer(CacheLayerMixin):
     """K and V of one attention layer.
 
     `codes`: (2, batch, heads, tokens, head_dim) int8; up to 4 bits (1, ...), each byte with the code of K in its low
-    and that of V in its high half. `scale`: (2, batch, 1, tokens, 1) float32, shared by the heads.
+    and that of V in its high half. `scale`: (2, batch, 1, tokens, 1) float32, shared by the heads; rotated:
+    (2, batch, heads, tokens, 1), and the codes are in the Hadamard basis of their head.
     Every update dequantizes the history of this layer once, for attention to read; nobody keeps that copy.
     """
 
@@ -61,9 +69,9 @@ class QuantizedKVLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, bits):
+    def __init__(self, bits, rotated=False):
         super().__init__()
-        self.bits, self.packed = bits, bits <= PACKED_BITS
+        self.bits, self.packed, self.rotated = bits, bits <= PACKED_BITS, rotated
         self.reset()
 
     def reset(self):
@@ -80,15 +88,17 @@ class QuantizedKVLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         kv = torch.stack([key_states, value_states]).transpose(2, 3)  # (2, batch, tokens, heads, head_dim)
-        codes, scale = recover_codes(kv.flatten(3), self.bits)
-        codes, scale = codes.view(kv.shape).transpose(2, 3).contiguous(), scale.unsqueeze(2)
+        codes, scale = recover_codes(kv if self.rotated else kv.flatten(3), self.bits, self.rotated)
+        codes = codes.view(kv.shape).transpose(2, 3).contiguous()
+        scale = scale.transpose(2, 3) if self.rotated else scale.unsqueeze(2)
         if self.packed:
             codes = (codes[:1] & 15) | (codes[1:] << 4)
         if self.codes is not None:  # the copy of codes that cat makes is a fraction of what dequantizing moves
             codes, scale = torch.cat([self.codes, codes], 3), torch.cat([self.scale, scale], 3)
         self.codes, self.scale = codes, scale
         keys, values = ((codes[0] << 4) >> 4, codes[0] >> 4) if self.packed else codes  # a right shift keeps the sign
-        return dequantize(keys, scale[0]).to(self.dtype), dequantize(values, scale[1]).to(self.dtype)
+        restore = head_values if self.rotated else dequantize
+        return restore(keys, scale[0]).to(self.dtype), restore(values, scale[1]).to(self.dtype)
 
     def get_seq_length(self):
         return 0 if self.codes is None else self.codes.shape[3]
@@ -130,7 +140,9 @@ class QuantizedKVCache(Cache):
     def __init__(self, config):
         names = [f"transformer.h.{block}.attn.c_attn" for block in range(config.n_layer)]
         self.kv_bits = [config.bit_config[name]["kv_bits"] for name in names]
-        super().__init__([DynamicLayer() if bits in FLOAT_BITS else QuantizedKVLayer(bits) for bits in self.kv_bits])
+        rotated = config.quantizer == "rotated"
+        layers = [DynamicLayer() if bits in FLOAT_BITS else QuantizedKVLayer(bits, rotated) for bits in self.kv_bits]
+        super().__init__(layers)
 
 
 def cache_bytes(cache):

@@ -37,7 +37,8 @@ class QuantGPT2Mixin(PretrainedMixin):
         super().__init__(config)
         self.execution = Execution()
         for name, conv in [(n, m) for n, m in self.named_modules() if isinstance(m, Conv1D)]:
-            self.set_submodule(name, layer := QuantLinear.from_conv1d(conv, with_kv=has_kv(name)))
+            head_size = config.n_embd // config.n_head if has_kv(name) else None
+            self.set_submodule(name, layer := QuantLinear.from_conv1d(conv, head_size))
             layer.execution = self.execution
         for block in self.transformer.h:
             if config.activation_function == "gelu_new":
@@ -97,7 +98,44 @@ class QuantGPT2Mixin(PretrainedMixin):
         finally:
             self.set_bit_config(before)
 
+    # ---- quantizer
+
+    def set_rotations(self, rotations):
+        """Choose the quantizer: rotated, by these vectors {linear: d (in,) float32} of all linears; None: MinMax.
+
+        Raises UserError, and changes nothing, for vectors or sizes that do not work and for kept codes of the other
+        quantizer.
+        """
+        layers = self.quant_layers()
+        if rotations is not None and (different := sorted(set(rotations) ^ set(layers))):
+            raise UserError(f"rotations: {different[0]}: allowed are all {len(layers)} linears of the model")
+        before = {name: layer.rotation for name, layer in layers.items()}
+        if rotations is None and all(rotation is None for rotation in before.values()):
+            return
+        try:
+            for name, layer in layers.items():
+                layer.set_rotation(None if rotations is None else rotations[name])
+        except UserError as error:
+            for layer, rotation in zip(layers.values(), before.values(), strict=True):
+                layer.rotation = rotation
+            raise UserError(f"{name}: {error}") from None
+        self.config.quantizer = "minmax" if rotations is None else "rotated"
+
+    def rotations(self):
+        """{linear: d}, as `set_rotations` takes it; None under MinMax."""
+        found = {name: layer.rotation for name, layer in self.quant_layers().items()}
+        return None if None in found.values() else found
+
     # ---- execution
+
+    @contextlib.contextmanager
+    def quantization_off(self):
+        """`with model.quantization_off():` nothing is quantized in the body; the bits go on choosing the adapters."""
+        kind, self.execution.kind = self.execution.kind, "float"
+        try:
+            yield
+        finally:
+            self.execution.kind = kind
 
     def set_execution(self, execution, backward_dtype="fp32"):
         """How layers with w_bits <= 8 and a_bits <= 8 compute their product; the others always run in float.

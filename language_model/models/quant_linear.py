@@ -17,35 +17,41 @@ from .quantization import (
     fake_quantize_kv_,
     frozen_linear,
     quantize,
+    quantize_least_squares,
 )
+from .rotation import check_block, rotate_weight, rotation_faults
+from .user_input import refuse
 
 
 class QuantLinear(nn.Module):
     """Linear layer y = Q(x) Q(W)^T + b + (lora_alpha / r) x A^T B^T, with the weight stored (out, in).
 
     `w_bits`, `a_bits`, `kv_bits` are state of the module, set by `set_bit_config`. The adapter reads the unquantized x
-    (QLoRA's order); `w_bits` selects it. K and V are the last two thirds of `attn.c_attn`'s output.
+    (QLoRA's order); `w_bits` selects it. K and V are the last two thirds of `attn.c_attn`'s output, in heads of
+    `head_size`. `rotation`: the vector d of the rotated quantizer, see rotation.py; None: MinMax.
     `execution`: the model's, see `set_execution`.
     """
 
-    def __init__(self, in_features, out_features, with_kv=False):
+    def __init__(self, in_features, out_features, head_size=None):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features))
         nn.init.normal_(self.weight, std=0.02)
         nn.init.zeros_(self.bias)
-        self.w_bits, self.a_bits, self.kv_bits = 32, 32, 32 if with_kv else None
+        self.w_bits, self.a_bits, self.kv_bits = 32, 32, 32 if head_size else None
+        self.head_size = head_size
+        self.register_buffer("rotation", None)
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()  # peft's names; keys "4", "8", ... or "shared"
         self.scaling = 0.0
         self.execution = Execution()
         self._quantized, self._quantized_from = {}, None  # {w_bits: (codes, packed up to 4 bits; scale)}
 
     @classmethod
-    def from_conv1d(cls, conv, with_kv=False):
+    def from_conv1d(cls, conv, head_size=None):
         """The same layer as upstream's Conv1D, whose weight is (in, out)."""
         with torch.device("meta"):
-            layer = cls(*conv.weight.shape, with_kv)
+            layer = cls(*conv.weight.shape, head_size)
         layer.weight = nn.Parameter(conv.weight.detach().t().contiguous())
         layer.bias = nn.Parameter(conv.bias.detach())
         return layer
@@ -77,6 +83,32 @@ class QuantLinear(nn.Module):
         """Whether the weight may change under the optimizer: its codes are then not kept."""
         return self.weight is not None and self.weight.requires_grad
 
+    # ---- rotation
+
+    def set_rotation(self, d):
+        """Quantize in the basis of this rotation from now on. d: (in,) float32, no zeros; None: MinMax.
+
+        Raises UserError: a faulty d, rows that cannot be rotated, kept codes that are of another basis.
+        """
+        if d is not None:
+            check_block(self.in_features, "this linear")
+            check_block(self.head_size or self.in_features, "the heads of K and V")
+            refuse("set_rotation", rotation_faults("rotation", d, self.in_features))
+            d = d.detach().clone().to(self.bias.device)
+        if self.weight is None and self._quantized:
+            raise UserError("the codes of a model without float weights are of one quantizer: it cannot be changed")
+        self.rotation = d
+        self.clear_quantized()
+
+    @property
+    def _d(self):
+        """The rotation in which the bits have this layer quantized, None without."""
+        return self.rotation if min(self.w_bits, self.a_bits) <= max(QUANTIZED_BITS) else None
+
+    @property
+    def _rotated_heads(self):
+        return None if self.rotation is None else self.head_size
+
     # ---- codes of the weight
 
     def quantized_weight(self):
@@ -99,11 +131,18 @@ class QuantLinear(nn.Module):
             return self._quantized[w_bits]
         if self.weight is None:
             raise UserError(f"w_bits = {w_bits}: only codes of {sorted(self._quantized)} bits are kept")
-        codes, scale = quantize(self.weight, w_bits)
+        codes, scale = self._quantize_weight(w_bits)
         stored = (pack_int4(codes) if w_bits <= PACKED_BITS else codes), scale
         if not self.can_train:
             self._quantized[w_bits] = stored
         return stored
+
+    def _quantize_weight(self, w_bits):
+        if self.rotation is None:
+            return quantize(self.weight, w_bits)
+        weight = rotate_weight(self.weight.detach(), self.rotation)
+        # 25 tries of a scale in every step are too slow: a weight that trains keeps its MinMax scale
+        return quantize(weight, w_bits) if self.can_train else quantize_least_squares(weight, w_bits)
 
     def stored_codes(self, widths=None):
         """{width: (codes, scale)} of these widths, or of those made so far.
@@ -135,7 +174,11 @@ class QuantLinear(nn.Module):
         if self.weight is None:  # move the codes; .half() and the like leave the scales float32
             self._quantized = {w_bits: (fn(c), s.to(fn(c).device)) for w_bits, (c, s) in self._quantized.items()}
         self.clear_quantized()  # .to(), .half(), .cuda() replace the storage of the weight
-        return super()._apply(fn, *args, **kwargs)
+        rotation = self.rotation
+        super()._apply(fn, *args, **kwargs)
+        if rotation is not None:  # float32 under .half()
+            self.rotation = rotation.to(self.rotation.device)
+        return self
 
     def _load_from_state_dict(self, *args, **kwargs):
         self.clear_quantized()
@@ -145,7 +188,8 @@ class QuantLinear(nn.Module):
 
     def _path(self, x):
         """How `forward` computes Q(x) Q(W)^T + b: on the float weight, on its codes ("frozen"), or all "integer"."""
-        if (self.w_bits in FLOAT_BITS and self.weight is not None) or (self.can_train and torch.is_grad_enabled()):
+        floats = self.w_bits in FLOAT_BITS or self.execution.kind == "float"
+        if (floats and self.weight is not None) or (self.can_train and torch.is_grad_enabled()):
             return "float"
         on_integers = self.execution.kind == "integer" and self.a_bits not in FLOAT_BITS
         if on_integers and is_supported(x.device, self.in_features, self.out_features):
@@ -162,20 +206,24 @@ class QuantLinear(nn.Module):
             self.clear_quantized()  # codes of a time when it was frozen
         shape = (*x.shape[:-1], self.out_features)
         x = x.reshape(-1, self.in_features)  # (tokens, in)
-        path, key, backward_dtype = self._path(x), self.active_adapter, self.execution.backward_dtype
+        path, key, d, heads = self._path(x), self.active_adapter, self._d, self._rotated_heads
+        bits = self.w_bits, self.a_bits, self.kv_bits
+        w_bits, a_bits, kv_bits = (32, 32, 32) if self.execution.kind == "float" else bits
         A, B = (None, None) if key is None else (self.lora_A[key].weight, self.lora_B[key].weight)
         if path == "integer" and not torch.is_grad_enabled():  # adapter, K and V in the same pass
-            lora = None if key is None else (A, B, self.scaling)
-            return integer_linear(x, *self.quantized_weight(), self.bias, self.a_bits, lora, self.kv_bits).view(shape)
+            rest = d, None if key is None else (A, B, self.scaling), kv_bits, heads
+            return integer_linear(x, *self.quantized_weight(), self.bias, a_bits, *rest).view(shape)
         if path == "float":  # at 16 and 32 bits the weight as it is
-            y = F.linear(fake_quantize(x, self.a_bits), fake_quantize(self.weight, self.w_bits), self.bias)
+            weight = fake_quantize(self.weight, w_bits, None if d is None else 1 / d)
+            y = F.linear(fake_quantize(x, a_bits, d), weight, self.bias)
         else:
-            product = integer_linear if path == "integer" else None
-            y = frozen_linear(x, *self.quantized_weight(), self.bias, self.a_bits, product, backward_dtype)
+            rest = d, integer_linear if path == "integer" else None, self.execution.backward_dtype
+            y = frozen_linear(x, *self.quantized_weight(), self.bias, a_bits, *rest)
         if key is not None:  # in place: y is fresh, and nothing needs its old value for the backward pass
             y.addmm_(F.linear(x, A).to(y.dtype), B.t().to(y.dtype), alpha=self.scaling)
-        return fake_quantize_kv_(y, self.kv_bits).view(shape)
+        return fake_quantize_kv_(y, kv_bits, heads).view(shape)
 
     def extra_repr(self):
         bits = f"w_bits={self.w_bits}, a_bits={self.a_bits}" + (f", kv_bits={self.kv_bits}" if self.kv_bits else "")
+        bits += "" if self.rotation is None else ", rotated"
         return f"in_features={self.in_features}, out_features={self.out_features}, {bits}, lora={list(self.lora_A)}"

@@ -42,6 +42,87 @@ static float row_scale(const float *x, long n, float qmax) {
     return scale < FLT_MIN ? FLT_MIN : scale;
 }
 
+/* ---- Hadamard transforms: the additions of rotation.hadamard in their order, so that codes are the same */
+
+/* neighbours at a distance within a register change places: lane i gets lane i ^ distance */
+static inline vector exchanged(vector v, int distance) {
+#ifdef __clang__
+    vector w;
+    for (int i = 0; i < LANES; i++) w[i] = v[i ^ distance];
+    return w;
+#else
+    integers from;
+    for (int i = 0; i < LANES; i++) from[i] = i ^ distance;
+    return __builtin_shuffle(v, from);
+#endif
+}
+
+/* y H in place, for `vectors` registers of numbers; inlined with a constant, so that they stay in registers */
+static inline __attribute__((always_inline)) void transform(float *y, const int vectors) {
+    vector v[vectors];
+#pragma GCC unroll 64
+    for (int i = 0; i < vectors; i++) v[i] = *(vector *)(y + i * LANES);
+#pragma GCC unroll 4
+    for (int distance = 1; distance < LANES; distance *= 2) {
+        vector sign; /* the lower of a pair becomes a + b, the upper one a - b; times 1 and -1 is exact */
+        for (int i = 0; i < LANES; i++) sign[i] = i & distance ? -1 : 1;
+#pragma GCC unroll 64
+        for (int i = 0; i < vectors; i++) v[i] = exchanged(v[i], distance) + sign * v[i];
+    }
+#pragma GCC unroll 8
+    for (int distance = 1; distance < vectors; distance *= 2) {
+#pragma GCC unroll 64
+        for (int i = 0; i < vectors; i++) {
+            if (i & distance) continue;
+            vector a = v[i], b = v[i + distance];
+            v[i] = a + b, v[i + distance] = a - b;
+        }
+    }
+#pragma GCC unroll 64
+    for (int i = 0; i < vectors; i++) *(vector *)(y + i * LANES) = v[i];
+}
+
+/* y H in place, block by block; y: (n) */
+static void hadamard(float *y, long n, long block) {
+    for (long start = 0; start < n; start += block) {
+        float *x = y + start;
+        switch (block) {
+            case 256: transform(x, 256 / LANES); break;
+            case 128: transform(x, 128 / LANES); break;
+            case 64: transform(x, 64 / LANES); break;
+            case 32: transform(x, 32 / LANES); break;
+            case 16: transform(x, 16 / LANES); break;
+            default:
+                for (long distance = 1; distance < block; distance *= 2)
+                    for (long i = 0; i < block; i++) {
+                        if (i & distance) continue;
+                        float a = x[i], b = x[i + distance];
+                        x[i] = a + b, x[i + distance] = a - b;
+                    }
+        }
+    }
+}
+
+/* out = x * factors; not inlined: the product must be rounded before it is added to anything */
+static __attribute__((noinline)) void multiply_by(const float *x, const float *factors, long n, float *out) {
+    for (long i = 0; i < n; i++) out[i] = x[i] * factors[i];
+}
+
+/* out = after * (before * x) H. x, out: (rows, n); before, after: (n) or NULL. */
+void hadamard_rows(const float *x, long rows, long n, long x_stride, long block, const float *before,
+                   const float *after, float *out, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long row = 0; row < rows; row++) {
+        float *y = out + row * n;
+        if (before) multiply_by(x + row * x_stride, before, n, y);
+        else memcpy(y, x + row * x_stride, n * sizeof *y);
+        hadamard(y, n, block);
+        if (after) multiply_by(y, after, n, y);
+    }
+}
+
+/* ---- linear layers */
+
 /* low_rank = scaling * x A^T for a block of count <= BLOCK rows. x: (count, n); A: (r, n); low_rank: (count, r). */
 static void project(const float *x, long count, long n, long x_stride, const float *A, long r, float scaling,
                     float *low_rank) {
@@ -66,15 +147,23 @@ static void project(const float *x, long count, long n, long x_stride, const flo
     }
 }
 
-/* Codes and scale of every row, and the first half of the LoRA branch, low_rank = scaling * x A^T.
-   x: (rows, n); codes: (rows, n); scale: (rows); A: (r, n); low_rank: (rows, r). */
-void quantize_rows(const float *x, long rows, long n, long x_stride, float qmax, int8_t *codes, float *scale,
-                   const float *A, long r, float scaling, float *low_rank, int threads) {
+/* Codes and scale of every row, where there are factors of (x * factors) H, and the first half of the LoRA branch,
+   low_rank = scaling * x A^T. x: (rows, n); factors: (n) or NULL; rotated: (threads, n), scratch; codes: (rows, n);
+   scale: (rows); A: (r, n); low_rank: (rows, r). */
+void quantize_rows(const float *x, long rows, long n, long x_stride, float qmax, const float *factors, long block,
+                   float *rotated, int8_t *codes, float *scale, const float *A, long r, float scaling,
+                   float *low_rank, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long first = 0; first < rows; first += BLOCK) {
         long count = rows - first < BLOCK ? rows - first : BLOCK;
         for (long row = first; row < first + count; row++) {
             const float *in = x + row * x_stride;
+            if (factors) {
+                float *y = rotated + omp_get_thread_num() * n;
+                multiply_by(in, factors, n, y);
+                hadamard(y, n, block);
+                in = y;
+            }
             float divisor = scale[row] = row_scale(in, n, qmax);
             if (divisor == 0) divisor = 1;
             for (long i = 0; i < n; i++) codes[row * n + i] = (int8_t)(int32_t)rintf(in[i] / divisor);
@@ -83,12 +172,31 @@ void quantize_rows(const float *x, long rows, long n, long x_stride, float qmax,
     }
 }
 
+/* Fake-quantizes y: (n) with one scale. */
+static void fake_quantize(float *y, long n, float qmax) {
+    float scale = row_scale(y, n, qmax), divisor = scale == 0 ? 1 : scale;
+    for (long i = 0; i < n; i++) y[i] = rintf(y[i] / divisor) * scale;
+}
+
+/* Fake-quantizes the heads of y: (n), each in its Hadamard basis with a scale of its own. */
+static void fake_quantize_heads(float *y, long n, long head_size, float qmax) {
+    long block = head_size & -head_size; /* as rotation.block_size */
+    if (block > 256) block = 256;
+    for (float *head = y; head < y + n; head += head_size) {
+        hadamard(head, head_size, block);
+        float scale = row_scale(head, head_size, qmax), divisor = scale == 0 ? 1 : scale;
+        for (long i = 0; i < head_size; i++) head[i] = rintf(head[i] / divisor);
+        hadamard(head, head_size, block); /* exact: sums of codes */
+        for (long i = 0; i < head_size; i++) head[i] *= scale / block;
+    }
+}
+
 /* out = acc * row_scales * column_scale + bias + low_rank B^T; then K and V, the last two thirds, are fake-quantized
-   if kv_qmax > 0. acc, out: (rows, n); row_scales: (rows); column_scale, bias: (n); low_rank: (rows, r); Bt: (r, n).
-*/
+   if kv_qmax > 0: with one scale each, or rotated head by head if head_size > 0. acc, out: (rows, n);
+   row_scales: (rows); column_scale, bias: (n); low_rank: (rows, r); Bt: (r, n). */
 void finish_rows(const int32_t *acc, long rows, long n, const float *row_scales, const float *column_scale,
-                 const float *bias, const float *low_rank, const float *Bt, long r, float kv_qmax, float *out,
-                 long out_stride, int threads) {
+                 const float *bias, const float *low_rank, const float *Bt, long r, float kv_qmax,
+                 long head_size, float *out, long out_stride, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long first = 0; first < rows; first += TASK) {
         long last = first + TASK < rows ? first + TASK : rows;
@@ -121,8 +229,8 @@ void finish_rows(const int32_t *acc, long rows, long n, const float *row_scales,
         for (long row = first; kv_qmax > 0 && row < last; row++) {
             for (long part = 1; part < 3; part++) {
                 float *kv = out + row * out_stride + part * (n / 3);
-                float scale = row_scale(kv, n / 3, kv_qmax), divisor = scale == 0 ? 1 : scale;
-                for (long i = 0; i < n / 3; i++) kv[i] = rintf(kv[i] / divisor) * scale;
+                if (head_size) fake_quantize_heads(kv, n / 3, head_size, kv_qmax);
+                else fake_quantize(kv, n / 3, kv_qmax);
             }
         }
     }

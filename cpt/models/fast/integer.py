@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from ..errors import UserError
 from ..quantization import codes_as_float, fake_quantize_kv_, output_dtype, row_scale
+from ..rotation import block_size, hadamard
 from . import kernels
 
 PIECE_TOKENS = 512  # on a CPU
@@ -48,21 +49,24 @@ def unpack_int4(packed, n):
     return codes
 
 
-def quantize_rows(x, bits, lora_A=None, scaling=1.0):
+def quantize_rows(x, bits, lora_A=None, scaling=1.0, factors=None, block=1):
     """Codes of the tokens, and what the LoRA branch has to do with their unquantized values.
 
-    x: (tokens, in); bits: 2 to 8; lora_A: (r, in) or None. Returns codes: (tokens, in) int8 and scale: (tokens, 1) as
-    of `quantization.quantize`, and low_rank: (tokens, r), scaling * x A^T, with r = 0 without lora_A.
+    x: (tokens, in); bits: 2 to 8; lora_A: (r, in) or None; factors: (in,), quantize (x factors) H in Hadamard blocks
+    of `block`. Returns codes: (tokens, in) int8 and scale: (tokens, 1) as of `quantization.quantize`, and low_rank:
+    (tokens, r), scaling * x A^T, with r = 0 without lora_A.
     """
-    scale = row_scale(x, bits)
-    codes = codes_as_float(x, scale).to(torch.int8)
+    rotated = x if factors is None else hadamard(x, block, before=factors)
+    scale = row_scale(rotated, bits)
+    codes = codes_as_float(rotated, scale).to(torch.int8)
     # A x^T is faster than x A^T while A has few rows.
     low_rank = x.new_empty(len(x), 0) if lora_A is None else torch.mm(lora_A, x.t()).mul_(scaling).t()
     return codes, scale, low_rank
 
 
-def finish_rows(acc, row_scales, column_scale, bias, low_rank, lora_Bt, kv_bits, out):
-    """out = acc * row_scales * column_scale + bias + low_rank B^T, with K and V fake-quantized at `kv_bits`.
+def finish_rows(acc, row_scales, column_scale, bias, low_rank, lora_Bt, kv_bits, head_size, out):
+    """out = acc * row_scales * column_scale + bias + low_rank B^T, with K and V fake-quantized at `kv_bits`, rotated
+    in heads of `head_size` if that is not None.
 
     acc: (tokens, out) int32; row_scales: (tokens, 1); column_scale, bias: (out,) float32; low_rank: (tokens, r);
     lora_Bt: (r, out) or None; out: (tokens, out).
@@ -70,7 +74,7 @@ def finish_rows(acc, row_scales, column_scale, bias, low_rank, lora_Bt, kv_bits,
     torch.addcmul(bias, acc.float().mul_(column_scale), row_scales, out=out)
     if lora_Bt is not None:
         out.addmm_(low_rank.to(out.dtype), lora_Bt.to(out.dtype))
-    fake_quantize_kv_(out, kv_bits)
+    fake_quantize_kv_(out, kv_bits, head_size)
 
 
 def int_mm(codes, weight_codes):
@@ -100,13 +104,14 @@ def is_supported(device, inp, out):
     return not reason
 
 
-def integer_linear(x, codes, scale, bias, a_bits, lora=None, kv_bits=None):
+def integer_linear(x, codes, scale, bias, a_bits, d=None, lora=None, kv_bits=None, head_size=None):
     """Linear layer on integers, without gradients.
 
     Args:
         x: (tokens, in) activations; codes: (out, in) int8 and scale: (out, 1) float32 of the weight; bias: (out,).
-        a_bits: bits of x, 2 to 8; lora: (A, B, scaling) adds scaling * x A^T B^T, with x unquantized.
-        kv_bits: quantize K and V, the last two thirds of the output.
+        a_bits: bits of x, 2 to 8; d: (in,) of the rotation that the codes are of, or None.
+        lora: (A, B, scaling) adds scaling * x A^T B^T, with x unquantized and unrotated.
+        kv_bits, head_size: of K and V, the last two thirds of the output, see `quantization.fake_quantize_kv_`.
     Returns:
         (tokens, out) in x's dtype, or in the autocast dtype under autocast (codes and rescale stay float32).
     """
@@ -116,8 +121,10 @@ def integer_linear(x, codes, scale, bias, a_bits, lora=None, kv_bits=None):
     quantize, finish = quantize_rows, finish_rows
     if kernels.can_take(x, y, *(() if lora is None else (lora_A, lora_Bt))):
         quantize, finish = kernels.quantize_rows, kernels.finish_rows
+    block = block_size(x.shape[-1])
+    factors = None if d is None else d * block**-0.5
     piece = max(len(x), 1) if x.is_cuda else PIECE_TOKENS
     for rows, out in zip(x.split(piece), y.split(piece), strict=True):
-        row_codes, row_scales, low_rank = quantize(rows, a_bits, lora_A, scaling)
-        finish(int_mm(row_codes, codes), row_scales, scale, bias, low_rank, lora_Bt, kv_bits, out)
+        row_codes, row_scales, low_rank = quantize(rows, a_bits, lora_A, scaling, factors, block)
+        finish(int_mm(row_codes, codes), row_scales, scale, bias, low_rank, lora_Bt, kv_bits, head_size, out)
     return y

@@ -15,8 +15,6 @@ import tempfile
 
 import torch
 
-from ..quantization import QUANTIZED_BITS
-
 logger = logging.getLogger(__name__)
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels.c")
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"]
@@ -33,9 +31,11 @@ class Pointer:
 
 
 STRIDES = ctypes.POINTER(LONG)
+LORA = [Pointer, LONG, FLOAT, Pointer]
 SIGNATURES = {
-    "quantize_rows": [Pointer, LONG, LONG, LONG, FLOAT, Pointer, Pointer, Pointer, LONG, FLOAT, Pointer, INT],
-    "finish_rows": [Pointer, LONG, LONG, *[Pointer] * 5, LONG, FLOAT, Pointer, LONG, INT],
+    "hadamard_rows": [Pointer, LONG, LONG, LONG, LONG, Pointer, Pointer, Pointer, INT],
+    "quantize_rows": [Pointer, LONG, LONG, LONG, FLOAT, Pointer, LONG, Pointer, Pointer, Pointer, *LORA, INT],
+    "finish_rows": [Pointer, LONG, LONG, *[Pointer] * 5, LONG, FLOAT, LONG, Pointer, LONG, INT],
     "gelu_rows": [Pointer, LONG, LONG, LONG, Pointer, INT],
     "attend": [*[Pointer, STRIDES] * 3, LONG, LONG, LONG, FLOAT, Pointer, Pointer, LONG, INT],
 }
@@ -77,21 +77,30 @@ def _qmax(bits):
     return 2 ** (bits - 1) - 1
 
 
-def quantize_rows(x, bits, lora_A=None, scaling=1.0):
+def hadamard(x, block, before=None, after=None):
+    """As `rotation.hadamard`. x: (rows, n) float32."""
+    (rows, n), out, threads = x.shape, x.new_empty(x.shape), torch.get_num_threads()
+    compiled().hadamard_rows(x, rows, n, x.stride(0), block, before, after, out, threads)
+    return out
+
+
+def quantize_rows(x, bits, lora_A=None, scaling=1.0, factors=None, block=1):
     """As `integer.quantize_rows`."""
     (rows, n), r = x.shape, 0 if lora_A is None else len(lora_A)
     codes, scale = x.new_empty((rows, n), dtype=torch.int8), x.new_empty(rows, 1)
     low_rank, threads = x.new_empty(rows, r), torch.get_num_threads()
-    compiled().quantize_rows(x, rows, n, x.stride(0), _qmax(bits), codes, scale, lora_A, r, scaling, low_rank, threads)
+    rotated = None if factors is None else x.new_empty(threads, n)
+    rotation, lora = (factors, block, rotated), (lora_A, r, scaling, low_rank)
+    compiled().quantize_rows(x, rows, n, x.stride(0), _qmax(bits), *rotation, codes, scale, *lora, threads)
     return codes, scale, low_rank
 
 
-def finish_rows(acc, row_scales, column_scale, bias, low_rank, lora_Bt, kv_bits, out):
+def finish_rows(acc, row_scales, column_scale, bias, low_rank, lora_Bt, kv_bits, head_size, out):
     """As `integer.finish_rows`."""
     (rows, n), r, threads = acc.shape, low_rank.shape[1], torch.get_num_threads()
-    kv_qmax = _qmax(kv_bits) if kv_bits in QUANTIZED_BITS else 0
+    kv = _qmax(kv_bits) if kv_bits is not None and kv_bits <= 8 else 0, head_size or 0
     compiled().finish_rows(
-        acc, rows, n, row_scales, column_scale, bias, low_rank, lora_Bt, r, kv_qmax, out, out.stride(0), threads
+        acc, rows, n, row_scales, column_scale, bias, low_rank, lora_Bt, r, *kv, out, out.stride(0), threads
     )
 
 
