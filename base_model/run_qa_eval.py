@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import tempfile
 import time
 
 from accelerate.utils import broadcast_object_list
@@ -23,11 +24,28 @@ from transformers import set_seed
 from transformers.trainer_utils import EvalPrediction
 
 from common.arguments import CheckpointArguments, DataTrainingArguments, option
+from common.calibration import draw_outliers, measure_outliers, outlier_lines
 from common.checksums import data_identity, file_checksum, model_checksum, tokenizer_checksum
-from common.data import build_features, load_data, make_collator, make_metric, set_qa_quantizer
+from common.data import (
+    build_features,
+    calibration_windows,
+    load_data,
+    make_collator,
+    make_metric,
+    set_qa_quantizer,
+)
 from common.flags import parse_args
 from common.loading import load_model, load_tokenizer, resolve_configs, trained_configs
-from common.record import read_state, relative_path, run_record, write_json_atomic, write_state, write_text_atomic
+from common.noise import noise_floor
+from common.record import (
+    plot_caption,
+    read_state,
+    relative_path,
+    run_record,
+    write_json_atomic,
+    write_state,
+    write_text_atomic,
+)
 from common.resuming import run_lock
 from common.script import plain_errors, setup_logging
 from common.statistics import compare, markdown_table, with_interval
@@ -51,6 +69,13 @@ class EvalArguments(CheckpointArguments):
     )
     reference_config: str | None = option(None, "config that the drops are against (default: the first)")
     num_bootstrap: int = option(1000, "resamples of the 95 % intervals over questions (0: no intervals)")
+    noise_floor: bool = option(
+        False,
+        "how far EM moves under changes that mean nothing: execution, embeddings perturbed by 1e-6 or in float16",
+    )
+    measure_outliers: bool = option(
+        False, "size of the largest input channel of every linear over the median one, on calibration windows"
+    )
 
 
 @dataclasses.dataclass
@@ -151,6 +176,20 @@ class Evaluator:
         self.fresh[digest] = {**record, "predictions": texts, "scores": scores}
         return self.fresh[digest]
 
+    def noise_floor(self, record):
+        """See noise.py; of the config of a record."""
+        resolved = record["bit_config"]["layers"]
+
+        def answer():
+            with tempfile.TemporaryDirectory() as scratch, self.model.at_bits(resolved):
+                return self.trainer.predict_texts(self.features, self.examples, "eval", scratch)[0]
+
+        def score(texts):
+            scores = self.scores(texts)
+            return 100.0 * sum(em for em, _ in scores) / len(scores)
+
+        return noise_floor(self.model, answer, score, record["predictions"], self.training_args.seed)
+
     def scores(self, predictions):
         """[(exact match, F1)] of all questions, each 0 to 1."""
         prediction = EvalPrediction(predictions=predictions, label_ids=self.references)
@@ -189,9 +228,17 @@ def load_record(folder):
         return {**record, "predictions": json.load(file)}
 
 
+def _floor_cell(floor):
+    low, high = floor["exact_match"]
+    return f"{low:.2f} to {high:.2f}, {100 * floor['changed']:.1f} % of the answers"
+
+
 def table_lines(rows, reference, quantizer):
     """The table as markdown, with its caption. quantizer: of `set_quantizer`."""
     header = ["config", "avg bits", "MB", "BitOPs", "EM", "F1", "EM drop", "F1 drop", "p", "seconds"]
+    floors = [row.get("noise_floor") for row in rows]
+    if all(floors):
+        header.append("noise floor")
     cells = [
         [
             row["config"],
@@ -202,8 +249,9 @@ def table_lines(rows, reference, quantizer):
             *(with_interval(row[key], row[f"{key}_interval"]) for key in ("exact_match_drop", "f1_drop")),
             f"{row['mcnemar_p']:.2g}",
             f"{row['seconds']:.1f}",
+            *([_floor_cell(floor)] if floor else []),
         ]
-        for row in rows
+        for row, floor in zip(rows, floors, strict=True)
     ]
     own, served = quantizer["checkpoint_quantizer"], quantizer["quantizer"]
     quantizer = served if own == served else f"{served} (the checkpoint has {own})"
@@ -230,14 +278,28 @@ def main():
     reference = next(iter(configs))
     _lock = run_lock(training_args.output_dir)
     quantizer = set_qa_quantizer(model, tokenizer, model_args, data_args, training_args)
+    outliers = quantizer.get("outliers")
+    if model_args.measure_outliers and not outliers:
+        windows = calibration_windows(model, tokenizer, model_args, data_args, training_args.seed)
+        outliers = measure_outliers(model, windows)
     overwrite = data_args.overwrite_output_dir
     evaluator = Evaluator(model, tokenizer, model_args, data_args, training_args, quantizer, overwrite)
     model.keep_only_codes(configs.values())  # once the identity of the records has the checksum of the weights
-    rows = evaluator.table(evaluator.evaluate_all(configs), reference, model_args.num_bootstrap)
+    records = evaluator.evaluate_all(configs)
+    rows = evaluator.table(records, reference, model_args.num_bootstrap)
+    if model_args.noise_floor:
+        for row in rows:
+            row["noise_floor"] = evaluator.noise_floor(records[row["config"]])
     if evaluator.trainer.is_world_process_zero():
         lines = table_lines(rows, reference, quantizer)
-        print("\n".join(lines), flush=True)
         folder = training_args.output_dir
+        if outliers:
+            title = "Outliers: largest input channel over the median one (root mean squares over training windows)"
+            lines += ["", title, "", *outlier_lines(outliers)]
+            training = {"source": "training windows", "examples": model_args.calibration_samples}
+            caption = plot_caption(model_args.model_name_or_path, training)
+            draw_outliers(outliers, os.path.join(folder, "outliers.png"), caption)
+        print("\n".join(lines), flush=True)
         write_text_atomic(os.path.join(folder, "table.md"), "\n".join(lines) + "\n")
         record = run_record(
             model=relative_path(model_args.model_name_or_path),
@@ -248,6 +310,7 @@ def main():
             wall_seconds=time.time() - start,
             dtype=evaluator.dtype,
             num_bootstrap=model_args.num_bootstrap,
+            outliers=outliers,
             rows=rows,
         )
         write_json_atomic(data_args.record_file or os.path.join(folder, "record.json"), record)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from common.arguments import option
-from common.step_configs import bit_configs_for_step
+from common.step_configs import bit_configs_for_step, curriculum_widths
 from models.errors import UserError
 from trainer_qa import QuestionAnsweringTrainer, qa_cross_entropy
 
@@ -134,6 +134,7 @@ class AdaptiveLoRATrainer(QuestionAnsweringTrainer):
         inputs = self._prepare_inputs(inputs)
         share = inputs.pop("share", 1.0)
         configs = self.step_configs(self.state.global_step)
+        self._copy_adapters_of_widths_that_join(net)
         step = self.sequential_losses if self.objective.objective == "sequential" else self.joint_losses
         losses, scale = step(net, inputs, configs, share)
         finite = torch.isfinite(torch.stack(losses)).all()  # one wait for the device, not one a pass
@@ -146,6 +147,20 @@ class AdaptiveLoRATrainer(QuestionAnsweringTrainer):
         if self.accelerator.sync_gradients and self.args.world_size > 1:
             self._average_gradients(net)
         return torch.stack(losses).sum() * (scale * share)
+
+    def _copy_adapters_of_widths_that_join(self, net):
+        """A width that joins a curriculum goes on from what the next higher one has learned."""
+        step = self.state.global_step
+        if not (self.objective.curriculum and self.bit_widths and step):
+            return
+        before, now = (
+            curriculum_widths(at, self.bit_widths, self.objective.curriculum, self.state.max_steps)
+            for at in (step - 1, step)
+        )
+        for higher, width in zip(now, now[1:]):
+            if width not in before:
+                for layer in net.quant_layers().values():
+                    layer.copy_adapter(str(higher), str(width))
 
     def joint_losses(self, net, inputs, configs, share):
         """Send the mean over the passes of L_i = CE(z_i) + weight * sum_j distance(z_i, z_j) backward, j over all

@@ -29,8 +29,10 @@ logger = logging.getLogger(__name__)
 def input_rms(model, windows):
     """{linear: root mean square of each input channel over all tokens, (in,) float32 on the CPU}.
 
-    windows: token ids, one list each.
+    windows: token ids, one list each. Raises UserError: an exported model.
     """
+    if model.config.exported_widths:
+        raise UserError("an exported checkpoint has no float weights: calibrate and measure the one of the training")
     layers, tokens = model.quant_layers(), sum(map(len, windows))
     sums = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in layers.items()}
 
@@ -56,12 +58,7 @@ def input_rms(model, windows):
 
 
 def calibrate(model, windows, seed):
-    """({linear: d}, {linear: outlier ratio}) of a model with float weights; signs drawn from `seed`, layer by layer.
-
-    Raises UserError: an exported model, whose codes are of one quantizer.
-    """
-    if model.config.exported_widths:
-        raise UserError("an exported checkpoint has the codes of one quantizer: export the trained one anew")
+    """({linear: d}, {linear: outlier ratio}) of a model with float weights; signs drawn from `seed`."""
     rms, generator = input_rms(model, windows), torch.Generator().manual_seed(seed)
     rotations = {
         name: make_rotation(rms[name].to(layer.weight.device), layer.weight, generator).cpu()

@@ -80,6 +80,17 @@ def target_configs(model_args, shapes):
     return sorted(targets.items(), key=average_bits, reverse=True)
 
 
+def joined(step, number, curriculum, total_steps):
+    """How many of `number` widths a curriculum has reached at `step`."""
+    return min(1 + int(step * (number - 1) / (curriculum * total_steps) + 1e-9), number)
+
+
+def curriculum_widths(step, bit_widths, curriculum, total_steps):
+    """The widths that take part in `step`, highest first."""
+    widths = sorted(bit_widths, reverse=True)
+    return widths[: joined(step, len(widths), curriculum, total_steps)]
+
+
 def bit_configs_for_step(
     step, seed, layers, bit_widths, num_mixed_configs=1, *, objective="joint", total_steps=None, curriculum=0.0,
     sample_widths=0, explicit=None, teacher=False,
@@ -105,7 +116,7 @@ def bit_configs_for_step(
     if objective == "sequential":
         return [targets[min(step * len(targets) // total_steps, len(targets) - 1)]]
     if curriculum > 0:
-        targets = targets[: 1 + int(step * (len(targets) - 1) / (curriculum * total_steps) + 1e-9)]
+        targets = targets[: joined(step, len(targets), curriculum, total_steps)]
     widths = sorted(bit_widths, reverse=True)[: len(targets)]
 
     def mixed():

@@ -71,6 +71,11 @@ class QuantLinear(nn.Module):
             nn.init.zeros_(self.lora_B[key].weight)
         self.scaling = lora_alpha / r
 
+    def copy_adapter(self, source, target):
+        """Make the adapter `target` equal to `source`."""
+        for bank in (self.lora_A, self.lora_B):
+            bank[target].weight.data.copy_(bank[source].weight)
+
     @property
     def active_adapter(self):
         """Key of the adapter that `w_bits` selects: that of the width, or the one for all; None without a bank."""
