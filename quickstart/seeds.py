@@ -1,4 +1,4 @@
-"""Table and summary over seeds of the records that seeds.sh made.
+"""Tables and summary over seeds of the records that seeds.sh made.
 
 python quickstart/seeds.py --records quickstart/work/seeds --seeds 42 43 44 --output quickstart/work/seeds.json
 python quickstart/seeds.py --summary results/quickstart_seeds.json --pages switch_precision/README.md
@@ -11,21 +11,24 @@ import sys
 import time
 from pathlib import Path
 
-from report import NOTICE, paired_difference, shown, write_into
+from report import NOTICE, markdown, paired_difference, shown, write_into
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "base_model"))
 from common.record import run_record, write_json_atomic  # noqa: E402
 
-BITS = ("W8A8KV8", "W4A4KV4")
+QUANTIZERS = ("minmax", "rotated")
+OPERANDS = ("W8A8KV8", "W4A8KV8", "W4A4KV4", "W4A32KV32", "W32A4KV32", "W32A32KV4", "W3A3KV3", "W2A8KV8")
+FLOAT, EIGHT, FOUR = "W32A32KV32", "W8A8KV8", "W4A4KV4"
 METHODS = {
-    "joint": "joint, with a mixed assignment a step",
-    "uniform": "joint, uniform widths only",
-    "sequential_steps": "sequential, equal steps",
-    "sequential_passes": "sequential, equal passes",
-    "ptq": "LoRA in float32, quantized afterwards",
+    "ptq_minmax": "LoRA in float32, then MinMax",
+    "ptq_rotated": "LoRA in float32, then rotated",
+    "static_minmax": "trained at 4 bits, MinMax",
+    "static_rotated": "trained at 4 bits, rotated",
+    "sequential": "sequential (published), MinMax",
+    "joint": "joint, rotated, 4 bits join late",
+    "mixed": "the same, with a mixed assignment",
 }
-PAIRS = (("uniform", "sequential_passes"), ("joint", "sequential_passes"), ("joint", "sequential_steps"),
-         ("joint", "uniform"), ("uniform", "ptq"), ("joint", "ptq"), ("sequential_passes", "ptq"))  # fmt: skip
+PAIRS = (("joint", "ptq_rotated"), ("joint", "static_rotated"), ("joint", "sequential"), ("joint", "mixed"))
 
 
 def load(path):
@@ -38,68 +41,115 @@ def spread(values):
     return {"mean": statistics.mean(values), "min": min(values), "max": max(values), "values": values}
 
 
-def summarize(folder, seeds):
-    """The record: EM of every method at both widths, and each search against its random assignments."""
-    start = time.time()
-    rows, sources = {}, {}
-    for method in METHODS:
-        scores = {bits: [] for bits in BITS}
-        for seed in seeds:
-            trained = f"lora_{seed}" if method == "ptq" else f"{method}_{seed}"
-            training = load(folder / f"{trained}.json")
-            for bits in BITS:
-                ptq = (f"ptq_{bits}_{seed}", "eval_exact_match")
-                name, key = ptq if method == "ptq" else (trained, f"eval_exact_match_{bits}")
-                record = load(folder / f"{name}.json")
-                scores[bits].append(record["metrics"][key])
+def scores_of(folder, method, at):
+    """({config: EM}, {config: noise floor}, record of the evaluation, record of the training) of one run."""
+    if method.startswith("static"):
+        record = load(folder / f"{method}_{at}.json")
+        return {FOUR: record["metrics"]["eval_exact_match"]}, {}, record, record
+    ptq = method.startswith("ptq")
+    record = load(folder / f"{method if ptq else f'eval_{method}'}_{at}.json")
+    rows = {row["config"]: row for row in record["rows"]}
+    floors = {name: row["noise_floor"] for name, row in rows.items()}
+    training = load(folder / f"{'lora' if ptq else method}_{at}.json")
+    return {name: row["exact_match"] for name, row in rows.items()}, floors, record, training
+
+
+def summarize(folder, seeds, factors):
+    """The record: EM of every method at every config and factor, noise floors, searches against random ones."""
+    start, rows, searches, sources, steps = time.time(), {}, {}, {}, {}
+    for factor in factors:
+        rows[factor] = {}
+        for method in METHODS:
+            found, floors = {}, {}
+            for seed in seeds:
+                scores, floor, record, training = scores_of(folder, method, f"{factor}_{seed}")
+                for config, score in scores.items():
+                    found.setdefault(config, []).append(score)
+                for config, values in floor.items():
+                    low, high = values["exact_match"]
+                    floors.setdefault(config, []).append([high - low, values["changed"]])
+                name = f"{method}_{factor}_{seed}"
                 sources[name] = {"command": record["command"], "git": record["git"], "metrics": record["metrics"]}
-        steps = training["steps"]
-        rows[method] = {"steps": steps, "passes": training.get("passes", steps)}  # base_model: one pass a step
-        rows[method] |= {bits: spread(values) for bits, values in scores.items()}
-    searches = {}
-    for seed in seeds:
-        record = load(folder / f"search_{seed}.json")
-        found = next(row for row in record["rows"] if row["config"] == "found")
-        searches[seed] = {"average_w_bits": found["average_w_bits"], "found": found["exact_match"]}
-        searches[seed] |= record["search"]["found"]["random"]
-        sources[f"search_{seed}"] = {"command": record["command"], "git": record["git"]}
+                sources[f"training of {name}"] = {"command": training["command"], "git": training["git"]}
+                steps[method] = training["steps"], training.get("passes", training["steps"])  # base_model: one a step
+            rows[factor][method] = {config: spread(values) for config, values in found.items()}
+            for config, values in floors.items():
+                rows[factor][method][config]["noise_floor"] = [max(column) for column in zip(*values)]
+        for method in ("joint", "mixed"):
+            for seed in seeds:
+                record = load(folder / f"search_{method}_{factor}_{seed}.json")
+                name = next(name for name in record["search"])
+                row = next(row for row in record["rows"] if row["config"] == name)
+                key = f"{method}, factor {factor}, seed {seed}"
+                searches[key] = {"average_w_bits": row["average_w_bits"], "found": row["exact_match"]}
+                searches[key] |= record["search"][name]["random"]
+                sources[f"search_{key}"] = {"command": record["command"], "git": record["git"]}
     return run_record(
         model="tiny GPT-2 of quickstart/make_model.py",
         bit_config=None,
-        metrics={f"{method}, EM at {bits}": row[bits]["mean"] for method, row in rows.items() for bits in BITS},
+        metrics={
+            f"factor {factor}, {method}, EM at {config}": found["mean"]
+            for factor, methods in rows.items()
+            for method, configs in methods.items()
+            for config, found in configs.items()
+        },
         data=training["data"],
         seed=[int(seed) for seed in seeds],
         wall_seconds=time.time() - start,
         notice=NOTICE,
         seeds=seeds,
+        factors=factors,
+        steps=steps,
         methods=rows,
         searches=searches,
         records=sources,
     )
 
 
-def table(summary):
-    """Markdown of a summary."""
-    number = len(summary["seeds"])
-    lines = [f"| {number} seeds | steps | passes | EM at 8 bits | EM at 4 bits |", "|---|---|---|---|---|"]
+def cell(found):
+    """EM over the seeds, and how far it moves under changes that mean nothing."""
+    floor = f", floor {found['noise_floor'][0]:.1f}" if found.get("noise_floor") else ""
+    return shown(*(found[key] for key in ("mean", "min", "max"))) + floor
+
+
+def post_training_table(summary, factor):
+    """Markdown: a float32 adapter under both quantizers, and what it loses."""
+    methods = [summary["methods"][factor][f"ptq_{quantizer}"] for quantizer in QUANTIZERS]
+    rows = [["float32", *(cell(found[FLOAT]) for found in methods), "", ""]]
+    for config in OPERANDS:
+        values = [found[config]["values"] for found in methods]
+        drops = [paired_difference(found[FLOAT]["values"], own) for found, own in zip(methods, values, strict=True)]
+        rows.append([config, *(cell(found[config]) for found in methods), *drops])
+    names = [f"EM, {quantizer}" for quantizer in QUANTIZERS]
+    return markdown([f"factor {factor}", *names, "drop, minmax [95 %]", "drop, rotated [95 %]"], rows)
+
+
+def training_table(summary, factor):
+    """Markdown: the trainings at both widths, and paired differences."""
+    found, rows = summary["methods"][factor], []
     for method, label in METHODS.items():
-        row = summary["methods"][method]
-        cells = " | ".join(shown(*(row[bits][key] for key in ("mean", "min", "max"))) for bits in BITS)
-        lines.append(f"| {label} | {row['steps']} | {row['passes']} | {cells} |")
-    lines += ["", "| EM, difference of the same seeds [95 %] | at 8 bits | at 4 bits |", "|---|---|---|"]
+        steps, passes = summary["steps"][method]
+        rows.append([label, str(steps), str(passes)])
+        rows[-1] += [cell(found[method][config]) if config in found[method] else "-" for config in (EIGHT, FOUR)]
     for first, second in PAIRS:
-        found = [[summary["methods"][method][bits]["values"] for method in (first, second)] for bits in BITS]
-        cells = " | ".join(paired_difference(*values) for values in found)
-        lines.append(f"| {METHODS[first]}, minus {METHODS[second]} | {cells} |")
-    lines += ["", "| seed | average bits | found, EM | random of that budget, mean EM (s.d.) | random better |"]
-    lines += ["|---|---|---|---|---|"]
-    for seed, row in summary["searches"].items():
+        pairs = [
+            paired_difference(found[first][config]["values"], found[second][config]["values"])
+            if config in found[second]
+            else "-"
+            for config in (EIGHT, FOUR)
+        ]
+        rows.append([f"{METHODS[first]}, minus {METHODS[second]} [95 %]", "", "", *pairs])
+    return markdown([f"factor {factor}, {len(summary['seeds'])} seeds", "steps", "passes", "EM at 8", "EM at 4"], rows)
+
+
+def search_table(summary):
+    """Markdown: found assignments against random ones of their budget."""
+    rows = []
+    for name, row in summary["searches"].items():
         random = f"{row['mean_exact_match']:.1f} ({row['std_exact_match']:.1f})"
         better = f"{row['better_than_found']} of {row['number']}"
-        lines.append(f"| {seed} | {row['average_w_bits']:.2f} | {row['found']:.1f} | {random} | {better} |")
-    found, random = ([row[key] for row in summary["searches"].values()] for key in ("found", "mean_exact_match"))
-    lines.append(f"| all | | found minus mean of random [95 %]: {paired_difference(found, random)} | | |")
-    return "\n".join(lines)
+        rows.append([name, f"{row['average_w_bits']:.2f}", f"{row['found']:.1f}", random, better])
+    return markdown(["", "average bits", "found, EM", "random, mean EM (s.d.)", "random better"], rows)
 
 
 def main():
@@ -108,15 +158,18 @@ def main():
     source.add_argument("--records", type=Path, help="folder of the records of seeds.sh")
     source.add_argument("--summary", type=Path, help="a summary made earlier")
     parser.add_argument("--seeds", nargs="+", default=["42", "43", "44"], help="with --records: the seeds that it ran")
+    parser.add_argument("--factors", nargs="+", default=["30", "1"], help="with --records: the factors that it ran")
     parser.add_argument("--output", type=Path, help="with --records: where the summary goes")
-    parser.add_argument("--pages", type=Path, nargs="+", default=[], help="pages whose markers get the table")
+    parser.add_argument("--pages", type=Path, nargs="+", default=[], help="pages whose markers get the tables")
     args = parser.parse_args()
-    summary = summarize(args.records, args.seeds) if args.records else load(args.summary)
+    summary = summarize(args.records, args.seeds, args.factors) if args.records else load(args.summary)
     if args.output:
         write_json_atomic(args.output, summary)
-    text = f"{summary['notice']}\n\n{table(summary)}"
-    write_into(args.pages, {"seeds": text})
-    print(text)
+    tables = {"post-training": post_training_table, "seeds": training_table}
+    texts = {name: "\n\n".join(make(summary, f) for f in summary["factors"]) for name, make in tables.items()}
+    texts["search"] = search_table(summary)
+    write_into(args.pages, texts)
+    print(summary["notice"], *texts.values(), sep="\n\n")
 
 
 if __name__ == "__main__":

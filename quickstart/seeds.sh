@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Joint against sequential training and post-training quantization on the tiny stand-in, over seeds; then the searched
-# 6-bit config of each jointly trained model against 20 random ones. Needs what `bash quickstart/run.sh` made.
-#   bash quickstart/seeds.sh           about 50 minutes on 2 CPU cores; finished runs are not repeated
-# joint: 600 steps of 3 passes (8 bits, one random mixed assignment, 4 bits). uniform: 900 steps of 2 passes, no mixed
-# assignment. sequential: the published procedure, once with the optimizer steps of joint and once with its 1800
-# forward passes (those of teachers count). ptq: LoRA trained in float32 for 600 steps, quantized afterwards.
-# Environment: VENV PYTHON (see tests/make_venv.sh), WORK (default quickstart/work), SEEDS (default "42 43 44")
+# What the conclusions rest on, over seeds, on the tiny stand-in with outlier channels (factor 30) and without (1):
+# post-training quantization by both quantizers, training at 4 bits, joint training, bits found by search.
+# Needs what `bash quickstart/run.sh` made.
+#   bash quickstart/seeds.sh           about 2 hours on 2 CPU cores; finished runs are not repeated
+# Every training has 800 forward passes, teachers included:
+#   lora: float32, 800 steps; quantized afterwards by either quantizer.    static: at 4 bits, 800 steps.
+#   joint: train.sh as it stands, 8 bits alone, 4 bits joins late; 727 steps.    mixed: the same with a random per-layer
+#   assignment beside it; 667 steps.    sequential: the published procedure, MinMax; 533 steps.
+# Environment: VENV PYTHON (see tests/make_venv.sh), WORK (default quickstart/work), SEEDS (default "42 43 44"),
+# FACTORS (default "30 1")
 set -euo pipefail
 root="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/base_model/common.sh"
@@ -18,8 +21,10 @@ export PATH="$venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TRAIN_FILE="$work/data/train.json" VALIDATION_FILE="$work/data/dev.json" NPROC_PER_NODE=1
 cd "$root"
 read -ra seeds <<<"${SEEDS:-42 43 44}"
+read -ra factors <<<"${FACTORS:-30 1}"
 common=(--max_seq_length 256 --per_device_eval_batch_size 64 --report_to none)
-training=(--logging_steps 100 --eval_strategy no --save_steps 300)
+training=(--logging_steps 100 --eval_strategy no --save_steps 400)
+operands=(32 8 W4A8KV8 4 3 W2A8KV8 W4A32KV32 W32A4KV32 W32A32KV4)
 
 run() { # run NAME FOLDER/SCRIPT MODEL FLAGS...: one run with its record, unless that is there already
     local name="$1" script="$2" model="$3"
@@ -29,25 +34,41 @@ run() { # run NAME FOLDER/SCRIPT MODEL FLAGS...: one run with its record, unless
     MODEL="$model" OUTPUT_DIR="$work/runs/seeds/$name" bash "$root/$script" \
         "${common[@]}" --record_file "$work/seeds/$name.json" "$@"
 }
-search() { # search SEED: 6 bits on average, chosen on training questions, beside 20 random assignments
-    local joint="$work/runs/seeds/joint_$1" on_training=(--measure_split train --max_train_samples 300)
-    run "sensitivity_$1" switch_precision/sweep.sh "$joint" --seed "$1" --train_file "$TRAIN_FILE" "${on_training[@]}"
+scores() { # scores NAME MODEL CONFIGS...: EM, F1 and the noise floor
+    local name="$1" model="$2"
+    shift 2
+    run "$name" switch_precision/eval.sh "$model" --noise_floor --num_bootstrap 0 "$@"
+}
+search() { # search NAME: 6 bits on average, chosen on training questions, beside 20 random assignments
+    local joint="$work/runs/seeds/$1" on_training=(--measure_split train --max_train_samples 300)
+    run "sensitivity_$1" switch_precision/sweep.sh "$joint" --train_file "$TRAIN_FILE" "${on_training[@]}"
     if [[ -e "$work/seeds/search_$1.json" ]]; then return; fi
-    python3 switch_precision/search.py --model_name_or_path "$joint" --seed "$1" "${common[@]}" "${on_training[@]}" \
+    python3 switch_precision/search.py --model_name_or_path "$joint" "${common[@]}" "${on_training[@]}" \
         --train_file "$TRAIN_FILE" --validation_file "$VALIDATION_FILE" --average_bits 6 --num_random 20 \
         --sensitivity_file "$work/seeds/sensitivity_$1.json" --output_dir "$work/runs/seeds/search_$1" \
         --record_file "$work/seeds/search_$1.json"
 }
 for seed in "${seeds[@]}"; do
-    switch=(switch_precision/train.sh "$work/model" --seed "$seed" "${training[@]}" --bit_widths 4 8)
-    run "joint_$seed" "${switch[@]}" --max_steps 600
-    run "uniform_$seed" "${switch[@]}" --max_steps 900 --num_mixed_configs 0
-    run "sequential_steps_$seed" "${switch[@]}" --max_steps 600 --objective sequential --distill_weight 1
-    run "sequential_passes_$seed" "${switch[@]}" --max_steps 1200 --objective sequential --distill_weight 1
-    run "lora_$seed" base_model/train.sh "$work/model" --seed "$seed" "${training[@]}" --add_lora --max_steps 600
-    for bits in W8A8KV8 W4A4KV4; do
-        run "ptq_${bits}_$seed" base_model/eval.sh "$work/runs/seeds/lora_$seed" --bit_config "$bits"
+    for factor in "${factors[@]}"; do
+        at="${factor}_$seed" model="$work/model_$factor"
+        python3 quickstart/make_model.py --data_dir "$work/data" --output_dir "$model" --outlier_factor "$factor"
+        switch=(switch_precision/train.sh "$model" --seed "$seed" "${training[@]}" --bit_widths 4 8)
+        run "lora_$at" base_model/train.sh "$model" --seed "$seed" "${training[@]}" --add_lora --max_steps 800
+        for quantizer in minmax rotated; do
+            scores "ptq_${quantizer}_$at" "$work/runs/seeds/lora_$at" --quantizer "$quantizer" --bit_configs "${operands[@]}"
+            run "static_${quantizer}_$at" base_model/train.sh "$model" --seed "$seed" "${training[@]}" \
+                --max_steps 800 --bit_widths 4 --quantizer "$quantizer"
+        done
+        run "joint_$at" "${switch[@]}" --max_steps 727
+        run "mixed_$at" "${switch[@]}" --max_steps 667 --num_mixed_configs 1
+        run "sequential_$at" "${switch[@]}" --max_steps 533 --objective sequential --curriculum 0 --quantizer minmax \
+            --distill_weight 1
+        for name in joint mixed sequential; do
+            scores "eval_${name}_$at" "$work/runs/seeds/${name}_$at" --bit_configs 8 4
+        done
+        search "joint_$at"
+        search "mixed_$at"
     done
-    search "$seed"
 done
-python3 quickstart/seeds.py --records "$work/seeds" --seeds "${seeds[@]}" --output "$work/seeds.json"
+python3 quickstart/seeds.py --records "$work/seeds" --seeds "${seeds[@]}" --factors "${factors[@]}" \
+    --output "$work/seeds.json"
