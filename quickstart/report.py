@@ -23,10 +23,14 @@ NOTICE = "Tiny stand-in (made-up text, tiny GPT-2): shows that the code works, s
 ROWS = {
     "full_fp32": ("full fine-tuning, float32", "32"),
     "lora_fp32": ("LoRA, float32", "32"),
-    "ptq_W8A8KV8": ("LoRA, then W8A8KV8 (post-training)", "8"),
-    "ptq_W4A4KV4": ("LoRA, then W4A4KV4 (post-training)", "4"),
+    **{
+        f"ptq_{quantizer}_{bits}": (f"LoRA, then {bits}, {quantizer} (post-training)", bits[1])
+        for bits in ("W8A8KV8", "W4A8KV8", "W4A4KV4")
+        for quantizer in ("minmax", "rotated")
+    },
     "bnb_nf4": ("LoRA, then bitsandbytes nf4 (weight-only)", "4"),
-    "static_w4": ("LoRA trained at W4A4KV4", "4"),
+    "static_w4_minmax": ("LoRA trained at W4A4KV4, minmax", "4"),
+    "static_w4_rotated": ("LoRA trained at W4A4KV4, rotated", "4"),
 }
 # What is published for GPT-2 124M (EM, F1), and where the quick start does the same: record, config.
 OVERVIEW = {
@@ -34,7 +38,10 @@ OVERVIEW = {
     "full fine-tuning, float16": (64.03, 75.16, None, None),
     "LoRA, not quantized (published: bf16)": (69.39, 79.29, "lora_fp32", None),
     "8-bit static": (63.83, 75.08, None, None),
-    "4-bit static": (42.76, 56.47, "static_w4", None),
+    "4-bit static": (42.76, 56.47, "static_w4_minmax", None),
+    "post-training, 8 bits (published: one scale a tensor)": (58.99, None, "ptq_minmax_W8A8KV8", None),
+    "post-training, 4 bits (published: one scale a tensor)": (0.09, None, "ptq_minmax_W4A4KV4", None),
+    "post-training, 4 bits, rotated (nothing published)": (None, None, "ptq_rotated_W4A4KV4", None),
     "switchable, served at 8 bits": (67.53, 77.69, "switch_eval", "W8A8KV8"),
     "switchable, hybrid of 4 and 8 bits": (60.98, 72.31, "switch_eval", "hybrid_4blocks"),
     "switchable, served at 4 bits": (44.25, 57.47, "switch_eval", "W4A4KV4"),
@@ -43,6 +50,7 @@ OVERVIEW = {
     "CPT, served at 6 bits": (63.05, 74.26, "cpt_eval", "W6A6KV6"),
     "CPT, served at 4 bits": (41.19, 55.94, "cpt_eval", "W4A4KV4"),
 }
+UNQUANTIZED = ("full fine-tuning, float32", "LoRA, not quantized (published: bf16)")
 
 
 def load(path):
@@ -63,17 +71,19 @@ def shown(middle, low, high, digits=1):
 
 def overview_table(records):
     """Markdown: the published figures beside those of the quick start."""
-    header = ["", "GPT-2 124M on SQuAD v1.1, published: EM / F1", "tiny stand-in, ours: EM / F1"]
+    header = ["", "GPT-2 124M on SQuAD v1.1, published: EM / F1", "tiny stand-in, ours: EM / F1", "our quantizer"]
     rows = []
     for label, (exact, f1, name, config) in OVERVIEW.items():
-        cell = "-"
+        cell, quantizer = "-", ""
         if name and (records / f"{name}.json").exists():
             record = load(records / f"{name}.json")
             scores = {key.removeprefix("eval_"): value for key, value in record["metrics"].items()}
             if config:
                 scores = next(row for row in record["rows"] if row["config"] == config)
             cell = f"{scores['exact_match']:.1f} / {scores['f1']:.1f}"
-        rows.append([label, f"{exact:.2f} / {f1:.2f}", cell])
+            quantizer = record["bit_config"]["quantizer"] if label not in UNQUANTIZED else ""
+        published = " / ".join("-" if score is None else f"{score:.2f}" for score in (exact, f1))
+        rows.append([label, published, cell, quantizer])
     return markdown(header, rows)
 
 

@@ -56,11 +56,16 @@ training=(--max_steps 400 --logging_steps 50 --eval_strategy no --save_steps 250
 # base_model: full fine-tuning, LoRA, post-training quantization, LoRA trained at one width
 run full_fp32 base_model/train.sh "$work/model" "${training[@]}" --learning_rate 1e-3
 run lora_fp32 base_model/train.sh "$work/model" "${training[@]}" --add_lora
-for bits in W8A8KV8 W4A4KV4; do
-    run "ptq_$bits" base_model/eval.sh "$work/runs/lora_fp32" --bit_config "$bits"
+for quantizer in minmax rotated; do
+    for bits in W8A8KV8 W4A8KV8 W4A4KV4; do
+        run "ptq_${quantizer}_$bits" base_model/eval.sh "$work/runs/lora_fp32" --bit_config "$bits" \
+            --quantizer "$quantizer"
+    done
 done
 run bnb_nf4 base_model/eval.sh "$work/runs/lora_fp32" --bitsandbytes nf4
-run static_w4 base_model/train.sh "$work/model" "${training[@]}" --bit_widths 4
+for quantizer in minmax rotated; do
+    run "static_w4_$quantizer" base_model/train.sh "$work/model" "${training[@]}" --bit_widths 4 --quantizer "$quantizer"
+done
 
 # switch_precision: one model for 4 and 8 bits; which layers need 8 is measured on training questions
 joint="$work/runs/switch_train"
@@ -75,7 +80,7 @@ run switch_eval switch_precision/eval.sh "$joint" \
     --bit_configs 8 quickstart/hybrid_4blocks.json "$work/runs/found_6bits.json" W4A8KV8 4
 
 # cpt: one adapter for all widths, trained while the bits cycle from 4 to 8
-run cpt_train cpt/train.sh "$work/model" "${training[@]}" --num_cyclic_period 16 --per_device_train_batch_size 16 \
+run cpt_train cpt/train.sh "$work/model" "${training[@]}" --quantizer rotated --num_cyclic_period 16 --per_device_train_batch_size 16 \
     --learning_rate 3e-3 --lr_scheduler_type cosine
 run cpt_eval cpt/eval.sh "$work/runs/cpt_train" --eval_bit_widths 8 7 6 5 4
 

@@ -28,6 +28,7 @@ METHODS = {
     "joint": "joint, rotated, 4 bits join late",
     "mixed": "the same, with a mixed assignment",
 }
+FACTORS, ALL_FACTORS = ("30", "1"), ("30", "10", "3", "1")  # over all seeds; post-training quantization of one seed
 PAIRS = (("joint", "ptq_rotated"), ("joint", "static_rotated"), ("joint", "sequential"), ("joint", "mixed"))
 
 
@@ -54,10 +55,30 @@ def scores_of(folder, method, at):
     return {name: row["exact_match"] for name, row in rows.items()}, floors, record, training
 
 
-def summarize(folder, seeds, factors):
+def outliers_of(folder, factor, seed):
+    """One row of the table of outliers: how large they are, and what both quantizers make of them."""
+    records = [load(folder / f"ptq_{quantizer}_{factor}_{seed}.json") for quantizer in QUANTIZERS]
+    rows = [{row["config"]: row["exact_match"] for row in record["rows"]} for record in records]
+    sizes = {name.partition(".h.")[2].partition(".")[2]: [] for name in records[1]["outliers"]}
+    for name, size in records[1]["outliers"].items():
+        sizes[name.partition(".h.")[2].partition(".")[2]].append(size)
+    sources = {
+        f"ptq_{quantizer}_{factor}_{seed}": record for quantizer, record in zip(QUANTIZERS, records, strict=True)
+    }
+    row = {"outliers": {name: [min(found), max(found)] for name, found in sizes.items()}, "float": rows[0][FLOAT]}
+    for quantizer, scores in zip(QUANTIZERS, rows, strict=True):
+        row[quantizer] = {config: scores[config] for config in (EIGHT, "W4A8KV8", FOUR)}
+    return row, {name: {"command": record["command"], "git": record["git"]} for name, record in sources.items()}
+
+
+def summarize(folder, seeds):
     """The record: EM of every method at every config and factor, noise floors, searches against random ones."""
     start, rows, searches, sources, steps = time.time(), {}, {}, {}, {}
-    for factor in factors:
+    outliers = {}
+    for factor in ALL_FACTORS:
+        outliers[factor], found = outliers_of(folder, factor, seeds[0])
+        sources |= found
+    for factor in FACTORS:
         rows[factor] = {}
         for method in METHODS:
             found, floors = {}, {}
@@ -98,7 +119,7 @@ def summarize(folder, seeds, factors):
         wall_seconds=time.time() - start,
         notice=NOTICE,
         seeds=seeds,
-        factors=factors,
+        outliers=outliers,
         steps=steps,
         methods=rows,
         searches=searches,
@@ -142,6 +163,17 @@ def training_table(summary, factor):
     return markdown([f"factor {factor}, {len(summary['seeds'])} seeds", "steps", "passes", "EM at 8", "EM at 4"], rows)
 
 
+def outlier_table(summary):
+    """Markdown: MinMax and rotated by the size of the outlier channels, one seed."""
+    columns = [(quantizer, config) for quantizer in QUANTIZERS for config in (EIGHT, "W4A8KV8", FOUR)]
+    rows = []
+    for factor, row in summary["outliers"].items():
+        sizes = "; ".join(f"{name} {low:.1f} - {high:.1f}" for name, (low, high) in row["outliers"].items())
+        rows.append([factor, sizes, f"{row['float']:.1f}", *(f"{row[q][config]:.1f}" for q, config in columns)])
+    header = ["factor", "largest channel / median", "EM, float32", *(f"{q} {config}" for q, config in columns)]
+    return markdown(header, rows)
+
+
 def search_table(summary):
     """Markdown: found assignments against random ones of their budget."""
     rows = []
@@ -158,15 +190,15 @@ def main():
     source.add_argument("--records", type=Path, help="folder of the records of seeds.sh")
     source.add_argument("--summary", type=Path, help="a summary made earlier")
     parser.add_argument("--seeds", nargs="+", default=["42", "43", "44"], help="with --records: the seeds that it ran")
-    parser.add_argument("--factors", nargs="+", default=["30", "1"], help="with --records: the factors that it ran")
     parser.add_argument("--output", type=Path, help="with --records: where the summary goes")
     parser.add_argument("--pages", type=Path, nargs="+", default=[], help="pages whose markers get the tables")
     args = parser.parse_args()
-    summary = summarize(args.records, args.seeds, args.factors) if args.records else load(args.summary)
+    summary = summarize(args.records, args.seeds) if args.records else load(args.summary)
     if args.output:
         write_json_atomic(args.output, summary)
     tables = {"post-training": post_training_table, "seeds": training_table}
-    texts = {name: "\n\n".join(make(summary, f) for f in summary["factors"]) for name, make in tables.items()}
+    texts = {name: "\n\n".join(make(summary, f) for f in FACTORS) for name, make in tables.items()}
+    texts["outliers"] = outlier_table(summary)
     texts["search"] = search_table(summary)
     write_into(args.pages, texts)
     print(summary["notice"], *texts.values(), sep="\n\n")

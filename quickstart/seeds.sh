@@ -7,8 +7,8 @@
 #   lora: float32, 800 steps; quantized afterwards by either quantizer.    static: at 4 bits, 800 steps.
 #   joint: train.sh as it stands, 8 bits alone, 4 bits joins late; 727 steps.    mixed: the same with a random per-layer
 #   assignment beside it; 667 steps.    sequential: the published procedure, MinMax; 533 steps.
-# Environment: VENV PYTHON (see tests/make_venv.sh), WORK (default quickstart/work), SEEDS (default "42 43 44"),
-# FACTORS (default "30 1")
+# Factors 10 and 3: post-training quantization of the first seed.
+# Environment: VENV PYTHON (see tests/make_venv.sh), WORK (default quickstart/work), SEEDS (default "42 43 44")
 set -euo pipefail
 root="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/base_model/common.sh"
@@ -21,7 +21,6 @@ export PATH="$venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TRAIN_FILE="$work/data/train.json" VALIDATION_FILE="$work/data/dev.json" NPROC_PER_NODE=1
 cd "$root"
 read -ra seeds <<<"${SEEDS:-42 43 44}"
-read -ra factors <<<"${FACTORS:-30 1}"
 common=(--max_seq_length 256 --per_device_eval_batch_size 64 --report_to none)
 training=(--logging_steps 100 --eval_strategy no --save_steps 400)
 operands=(32 8 W4A8KV8 4 3 W2A8KV8 W4A32KV32 W32A4KV32 W32A32KV4)
@@ -48,17 +47,23 @@ search() { # search NAME: 6 bits on average, chosen on training questions, besid
         --sensitivity_file "$work/seeds/sensitivity_$1.json" --output_dir "$work/runs/seeds/search_$1" \
         --record_file "$work/seeds/search_$1.json"
 }
+post_training() { # post_training FACTOR SEED: sets model and at
+    at="${1}_$2" model="$work/model_$1"
+    if [[ "$1" == 30 ]]; then model="$work/model"; fi
+    python3 quickstart/make_model.py --data_dir "$work/data" --output_dir "$model" --outlier_factor "$1"
+    run "lora_$at" base_model/train.sh "$model" --seed "$2" "${training[@]}" --add_lora --max_steps 800
+    for quantizer in minmax rotated; do
+        scores "ptq_${quantizer}_$at" "$work/runs/seeds/lora_$at" --quantizer "$quantizer" --bit_configs "${operands[@]}"
+    done
+}
 for seed in "${seeds[@]}"; do
-    for factor in "${factors[@]}"; do
-        at="${factor}_$seed" model="$work/model_$factor"
-        python3 quickstart/make_model.py --data_dir "$work/data" --output_dir "$model" --outlier_factor "$factor"
-        switch=(switch_precision/train.sh "$model" --seed "$seed" "${training[@]}" --bit_widths 4 8)
-        run "lora_$at" base_model/train.sh "$model" --seed "$seed" "${training[@]}" --add_lora --max_steps 800
+    for factor in 30 1; do
+        post_training "$factor" "$seed"
         for quantizer in minmax rotated; do
-            scores "ptq_${quantizer}_$at" "$work/runs/seeds/lora_$at" --quantizer "$quantizer" --bit_configs "${operands[@]}"
             run "static_${quantizer}_$at" base_model/train.sh "$model" --seed "$seed" "${training[@]}" \
                 --max_steps 800 --bit_widths 4 --quantizer "$quantizer"
         done
+        switch=(switch_precision/train.sh "$model" --seed "$seed" "${training[@]}" --bit_widths 4 8)
         run "joint_$at" "${switch[@]}" --max_steps 727
         run "mixed_$at" "${switch[@]}" --max_steps 667 --num_mixed_configs 1
         run "sequential_$at" "${switch[@]}" --max_steps 533 --objective sequential --curriculum 0 --quantizer minmax \
@@ -70,5 +75,5 @@ for seed in "${seeds[@]}"; do
         search "mixed_$at"
     done
 done
-python3 quickstart/seeds.py --records "$work/seeds" --seeds "${seeds[@]}" --factors "${factors[@]}" \
-    --output "$work/seeds.json"
+for factor in 10 3; do post_training "$factor" "${seeds[0]}"; done
+python3 quickstart/seeds.py --records "$work/seeds" --seeds "${seeds[@]}" --output "$work/seeds.json"
