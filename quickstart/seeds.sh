@@ -2,11 +2,12 @@
 # What the conclusions rest on, over seeds, on the tiny stand-in with outlier channels (factor 30) and without (1):
 # post-training quantization by both quantizers, training at 4 bits, joint training, bits found by search.
 # Needs what `bash quickstart/run.sh` made.
-#   bash quickstart/seeds.sh           about 2 hours on 2 CPU cores; finished runs are not repeated
-# Every training has 800 forward passes, teachers included:
-#   lora: float32, 800 steps; quantized afterwards by either quantizer.    static: at 4 bits, 800 steps.
-#   joint: train.sh as it stands, 8 bits alone, 4 bits joins late; 727 steps.    mixed: the same with a random per-layer
-#   assignment beside it; 667 steps.    sequential: the published procedure, MinMax; 533 steps.
+#   bash quickstart/seeds.sh           finished runs are not repeated; two seeds may run side by side:
+#   SEEDS=42 bash quickstart/seeds.sh & SEEDS=43 bash quickstart/seeds.sh      about 75 minutes a pair on 2 CPU cores
+# Every training has 1200 forward passes, teachers included:
+#   lora: float32, 1200 steps; quantized afterwards by either quantizer.    static: at 4 bits, 1200 steps.
+#   joint: train.sh as it stands, 8 bits alone, 4 bits joins late; 1091 steps.    mixed: the same with a random
+#   per-layer assignment beside it; 1000 steps.    sequential: the published procedure, MinMax; 800 steps.
 # Factors 10 and 3: post-training quantization of the first seed.
 # Environment: VENV PYTHON (see tests/make_venv.sh), WORK (default quickstart/work), SEEDS (default "42 43 44")
 set -euo pipefail
@@ -19,6 +20,7 @@ work="$folder"
 venv="$(bash "$root/tests/make_venv.sh")"
 export PATH="$venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TRAIN_FILE="$work/data/train.json" VALIDATION_FILE="$work/data/dev.json" NPROC_PER_NODE=1
+export OMP_NUM_THREADS=1  # sums, and so trajectories, depend on it
 cd "$root"
 read -ra seeds <<<"${SEEDS:-42 43 44}"
 common=(--max_seq_length 256 --per_device_eval_batch_size 64 --report_to none)
@@ -51,7 +53,7 @@ post_training() { # post_training FACTOR SEED: sets model and at
     at="${1}_$2" model="$work/model_$1"
     if [[ "$1" == 30 ]]; then model="$work/model"; fi
     python3 quickstart/make_model.py --data_dir "$work/data" --output_dir "$model" --outlier_factor "$1"
-    run "lora_$at" base_model/train.sh "$model" --seed "$2" "${training[@]}" --add_lora --max_steps 800
+    run "lora_$at" base_model/train.sh "$model" --seed "$2" "${training[@]}" --add_lora --max_steps 1200
     for quantizer in minmax rotated; do
         scores "ptq_${quantizer}_$at" "$work/runs/seeds/lora_$at" --quantizer "$quantizer" --bit_configs "${operands[@]}"
     done
@@ -61,12 +63,12 @@ for seed in "${seeds[@]}"; do
         post_training "$factor" "$seed"
         for quantizer in minmax rotated; do
             run "static_${quantizer}_$at" base_model/train.sh "$model" --seed "$seed" "${training[@]}" \
-                --max_steps 800 --bit_widths 4 --quantizer "$quantizer"
+                --max_steps 1200 --bit_widths 4 --quantizer "$quantizer"
         done
         switch=(switch_precision/train.sh "$model" --seed "$seed" "${training[@]}" --bit_widths 4 8)
-        run "joint_$at" "${switch[@]}" --max_steps 727
-        run "mixed_$at" "${switch[@]}" --max_steps 667 --num_mixed_configs 1
-        run "sequential_$at" "${switch[@]}" --max_steps 533 --objective sequential --curriculum 0 --quantizer minmax \
+        run "joint_$at" "${switch[@]}" --max_steps 1091
+        run "mixed_$at" "${switch[@]}" --max_steps 1000 --num_mixed_configs 1
+        run "sequential_$at" "${switch[@]}" --max_steps 800 --objective sequential --curriculum 0 --quantizer minmax \
             --distill_weight 1
         for name in joint mixed sequential; do
             scores "eval_${name}_$at" "$work/runs/seeds/${name}_$at" --bit_configs 8 4
