@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from common.arguments import option
-from common.step_configs import bit_configs_for_step, curriculum_widths
+from common.step_configs import bit_configs_for_step, joined
 from models.errors import UserError
 from trainer_qa import QuestionAnsweringTrainer, qa_cross_entropy
 
@@ -31,7 +31,11 @@ class ObjectiveArguments:
     )
     num_mixed_configs: int = option(1, "random per-layer assignments a step; 0 for uniform widths only")
     sample_widths: int = option(0, "random widths a step between the highest and the lowest, as passes of their own")
-    curriculum: float = option(0.0, "lower widths join one after the other over this fraction of the steps")
+    curriculum: float = option(
+        0.0,
+        "lower widths join one after the other over this fraction of the steps, each with a copy of the next higher "
+        "width's adapter",
+    )
     teacher: bool = option(False, "a full-precision pass with its own adapter goes first and teaches the others")
     distill_loss: str = option("kl", "distillation from the higher passes: kl, mse (raw logits, InstantNet) or none")
     distill_weight: float | None = option(
@@ -134,7 +138,7 @@ class AdaptiveLoRATrainer(QuestionAnsweringTrainer):
         inputs = self._prepare_inputs(inputs)
         share = inputs.pop("share", 1.0)
         configs = self.step_configs(self.state.global_step)
-        self._copy_adapters_of_widths_that_join(net)
+        self._copy_adapters_of_joining_configs(net)
         step = self.sequential_losses if self.objective.objective == "sequential" else self.joint_losses
         losses, scale = step(net, inputs, configs, share)
         finite = torch.isfinite(torch.stack(losses)).all()  # one wait for the device, not one a pass
@@ -148,19 +152,17 @@ class AdaptiveLoRATrainer(QuestionAnsweringTrainer):
             self._average_gradients(net)
         return torch.stack(losses).sum() * (scale * share)
 
-    def _copy_adapters_of_widths_that_join(self, net):
-        """A width that joins a curriculum goes on from what the next higher one has learned."""
-        step = self.state.global_step
-        if not (self.objective.curriculum and self.bit_widths and step):
+    def _copy_adapters_of_joining_configs(self, net):
+        """A config that joins a curriculum goes on from what the next higher one has learned."""
+        step, curriculum, bank = self.state.global_step, self.objective.curriculum, net.config.lora_bank
+        if not (curriculum and step) or bank == ["shared"]:
             return
-        before, now = (
-            curriculum_widths(at, self.bit_widths, self.objective.curriculum, self.state.max_steps)
-            for at in (step - 1, step)
-        )
-        for higher, width in zip(now, now[1:]):
-            if width not in before:
-                for layer in net.quant_layers().values():
-                    layer.copy_adapter(str(higher), str(width))
+        rest = len(self.configs), curriculum, self.state.max_steps
+        for number in range(joined(step - 1, *rest), joined(step, *rest)):
+            for name, layer in net.quant_layers().items():
+                used = [config[name]["w_bits"] for _, config in self.configs[:number]]
+                if (width := self.configs[number][1][name]["w_bits"]) not in used:
+                    layer.copy_adapter(str(used[-1]), str(width))
 
     def joint_losses(self, net, inputs, configs, share):
         """Send the mean over the passes of L_i = CE(z_i) + weight * sum_j distance(z_i, z_j) backward, j over all

@@ -539,6 +539,26 @@ def test_resumed_run_equals_the_uninterrupted_one(run, tmp_path):
     assert_equal_weights(tmp_path / "out", killed)
 
 
+@pytest.mark.parametrize("widths", [(), ("--bit_configs", "8", "W4A8KV8"), ("--bit_widths", "8", "6", "4")])
+def test_a_config_that_joins_goes_on_from_the_next_higher(widths, run, monkeypatch):
+    original, equal = training.AdaptiveLoRATrainer.joint_losses, []
+
+    def spy(self, net, inputs, configs, share):
+        banks = [bank for layer in net.quant_layers().values() for bank in (layer.lora_A, layer.lora_B)]
+        keys = sorted(banks[0], reverse=True)
+        equal.append(
+            [all(torch.equal(bank[a].weight, bank[b].weight) for bank in banks) for a, b in zip(keys, keys[1:])]
+        )
+        return original(self, net, inputs, configs, share)
+
+    monkeypatch.setattr(training.AdaptiveLoRATrainer, "joint_losses", spy)
+    run("--max_steps", "4", "--curriculum", "0.5", "--save_strategy", "no", *widths)
+    joins = [[True], [False], [True], [False]]
+    if "6" in widths:  # 6 bits join in step 1, 4 bits in step 2
+        joins = [[True, True], [True, False], [False, True], [False, False]]
+    assert equal == joins, "before the passes of every step; at the start all adapters are the same"
+
+
 def test_other_settings_do_not_continue_a_run(run):
     run(*STEPS)
     with pytest.raises(ValueError, match=r"other settings \(curriculum: 0.5 then, 0.25 now\)"):

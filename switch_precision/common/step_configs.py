@@ -81,14 +81,8 @@ def target_configs(model_args, shapes):
 
 
 def joined(step, number, curriculum, total_steps):
-    """How many of `number` widths a curriculum has reached at `step`."""
+    """How many of `number` configs take part in `step` of a curriculum: the highest at once, the others one by one."""
     return min(1 + int(step * (number - 1) / (curriculum * total_steps) + 1e-9), number)
-
-
-def curriculum_widths(step, bit_widths, curriculum, total_steps):
-    """The widths that take part in `step`, highest first."""
-    widths = sorted(bit_widths, reverse=True)
-    return widths[: joined(step, len(widths), curriculum, total_steps)]
 
 
 def bit_configs_for_step(
