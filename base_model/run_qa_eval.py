@@ -23,6 +23,7 @@ from transformers import set_seed
 from transformers.trainer_utils import EvalPrediction
 
 from common.arguments import CheckpointArguments, DataTrainingArguments, option
+from common.calibration import quantizer_label
 from common.checksums import data_identity, file_checksum, model_checksum, tokenizer_checksum
 from common.data import build_features, load_data, make_collator, make_metric, set_qa_quantizer
 from common.flags import parse_args
@@ -205,8 +206,7 @@ def table_lines(rows, reference, quantizer):
         ]
         for row in rows
     ]
-    own, served = quantizer["checkpoint_quantizer"], quantizer["quantizer"]
-    quantizer = served if own == served else f"{served} (the checkpoint has {own})"
+    quantizer = quantizer_label(quantizer)
     caption = (
         f"Quantizer: {quantizer}. Drops, BitOPs and p (exact McNemar test of EM) are against {reference}; [95 % "
         "bootstrap interval over questions]; MB: linear weights as they are stored, with scales (up to 4 bits two a "
