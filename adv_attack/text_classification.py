@@ -117,8 +117,10 @@ def build_model(model_args, training, tokenizer, num_labels):
     if bits is not None:
         model.set_bit_config(bits)
     if training and not model.config.lora_bank:
-        resolved = model.config.bit_config.values()
-        model.config.trained_weights = any(layer["w_bits"] in QUANTIZED_BITS for layer in resolved)
+        layers = model.quant_layers().values()
+        model.config.trained_weights = any(layer.w_bits in QUANTIZED_BITS for layer in layers)
+        for layer in layers:
+            layer.trained = model.config.trained_weights
     if model.config.lora_bank and not model.config.base_model_name_or_path:
         model.set_base(model_args.model_name_or_path)
     return model
