@@ -234,7 +234,7 @@ def test_evaluation_of_stock_weights_and_of_mixed_configs(
         ),
         (
             ["--do_eval", "--validation_file", "TRAIN", "--quantizer", "rotated", "--train_file", "TRAIN"],
-            "--calibration_samples 256: allowed are up to 9, the blocks of 128 tokens in",
+            "--calibration_samples 256: allowed are up to 6, the blocks of 128 tokens in",
         ),
     ],
 )
