@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import gbda
+from attack_setup import ROTATION_FILE, set_attack_quantizer
 from classifier import accuracy_row, encode, hidden_states, pad_right, predict
 from common.checksums import model_checksum, tokenizer_checksum
 from common.record import differences, load_state
@@ -20,11 +21,21 @@ from whitebox_attack import RESULT_FILE
 logger = logging.getLogger("adversarial_texts")
 
 
-def load_attacks(folders, model, tokenizer, samples):
-    """{attacked precision: attack} of output folders of whitebox_attack.py; all must have attacked the same texts and
-    labels, with the tokens of this tokenizer and within the classes of this model.
+def set_attacked_quantizer(model, model_args, folders):
+    """--quantizer of a classifier that attacks are measured on: without a rotation it takes that of the first one."""
 
-    Raises: UserError or FileNotFoundError naming the folder.
+    def windows():
+        need = f"the checkpoint has no rotation, and {folders[0]} no {ROTATION_FILE}"
+        raise UserError(f"--quantizer rotated: {need}: attack with --quantizer rotated first")
+
+    return set_attack_quantizer(model, model_args, folders[0], windows)
+
+
+def load_attacks(folders, model, quantizer, tokenizer, samples):
+    """{attacked precision: attack} of output folders of whitebox_attack.py; all must have attacked the same texts and
+    labels, with the tokens of this tokenizer, within the classes of this model and its quantizer.
+
+    Args: quantizer: of `set_attacked_quantizer`. Raises: UserError or FileNotFoundError naming the folder.
     """
     attacks, checksums = {}, (model_checksum(model), tokenizer_checksum(tokenizer))
     for folder in folders:
@@ -50,7 +61,14 @@ def load_attacks(folders, model, tokenizer, samples):
         check_labels(attack["texts"], model.config.num_labels, path)
         if settings["gumbel_samples"] < (samples or 1):
             raise UserError(f"--best_of {samples}: {folder} holds {settings['gumbel_samples']} samples a text")
-        if settings["model_sha256"] != checksums[0]:
+        if (attacked := settings.get("quantizer", "minmax")) != model.config.quantizer:
+            now = f"this evaluation has {model.config.quantizer} (--quantizer)"
+            raise UserError(f"{folder}: attacked the {attacked} quantizer, {now}")
+        other = settings["model_sha256"] != checksums[0]
+        if other and "rotation_of" in quantizer:
+            found = f"attacked another classifier or rotation than this one with the rotation of {folders[0]}"
+            raise UserError(f"{folder}: {found}: evaluate it by itself, with its own classifier")
+        if other:
             logger.warning("%s attacked another classifier: its rows are transfer between models", folder)
         attacks[name] = attack
     return attacks

@@ -1,14 +1,21 @@
 """What the attack and the evaluations share: flags and loading of a trained classifier and its reference model."""
 
 import dataclasses
+import os
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from common.arguments import CheckpointArguments, option
+from common.calibration import set_quantizer
+from common.checksums import tensors_checksum
 from common.loading import open_model
+from common.record import relative_path
 from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2ForSequenceClassification, QuantGPT2LMHeadModel
 
+ROTATION_FILE = "rotation.safetensors"  # of an attack on a classifier that has none of its own
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -29,6 +36,24 @@ def load_classifier(model_args, tokenizer):
         raise UserError(f"{name}: not a classifier of text_classification.py; train one first (train.sh)")
     model.set_execution(model_args.execution)
     return model.requires_grad_(False).eval().to(DEVICE)
+
+
+def set_attack_quantizer(model, model_args, folder, windows, seed=None):
+    """`calibration.set_quantizer`, but a classifier without a rotation takes that of the attack in `folder`.
+
+    folder: None where nothing is to be taken; windows: makes calibration windows, or refuses, where there is nothing.
+    Raises UserError for a damaged file.
+    """
+    path = os.path.join(folder or "", ROTATION_FILE)
+    without = model.config.quantizer == "minmax" and not model.config.exported_widths
+    if not (model_args.quantizer == "rotated" and without and folder and os.path.isfile(path)):
+        return set_quantizer(model, model_args, seed, windows)
+    try:
+        model.set_rotations(load_file(path))
+    except (SafetensorError, UserError) as error:
+        raise UserError(f"{path}: {error}; run the attack again with --overwrite_output_dir") from None
+    about = {"quantizer": "rotated", "checkpoint_quantizer": "minmax", "rotation_of": relative_path(folder)}
+    return about | {"rotation_sha256": tensors_checksum(model.rotations())}
 
 
 def load_reference(model_args, classifier):

@@ -1,10 +1,14 @@
-"""What all scripts of this folder share: rows, token ids, the classifier's answer, the interval of an accuracy."""
+"""What all scripts of this folder share: rows, token ids, the quantizer, the classifier's answer, its interval."""
+
+import random
 
 import torch
 from scipy.stats import binomtest
 
+from common.calibration import set_quantizer
 from common.checksums import file_checksum, json_checksum
 from common.record import relative_path
+from models.errors import UserError
 from text_data import load_texts
 
 
@@ -37,6 +41,31 @@ def encode(tokenizer, texts, max_length):
     """Token ids of every text, cut at max_length. A text without tokens becomes one end-of-text token."""
     lists = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"] if texts else []
     return [ids or [tokenizer.eos_token_id] for ids in lists]
+
+
+def calibration_texts(model, tokenizer, model_args, data_args, seed, rows=None):
+    """Token ids of --calibration_samples training texts, drawn with `seed`.
+
+    rows: the training texts where they are loaded already. Raises UserError: no training data, or too few.
+    """
+    if rows is None:
+        if not (data_args.train_file or data_args.dataset_name):
+            why = "the checkpoint has no rotation, and it is calibrated on training texts"
+            raise UserError(f"--quantizer rotated: {why}: pass --train_file or --dataset_name")
+        rows = load_rows(data_args, ["train"], model_args)[0]["train"]
+    if (wanted := model_args.calibration_samples) > len(rows):
+        raise UserError(f"--calibration_samples {wanted}: allowed are up to {len(rows)}, the training texts")
+    texts = [row["text"] for row in random.Random(seed).sample(rows, wanted)]
+    return encode(tokenizer, texts, min(data_args.max_seq_length, model.config.max_position_embeddings))
+
+
+def set_text_quantizer(model, tokenizer, model_args, data_args, seed, folder=None, rows=None):
+    """`calibration.set_quantizer` with texts. folder: the OutputFolder of a training; rows: its texts."""
+
+    def windows():
+        return calibration_texts(model, tokenizer, model_args, data_args, seed, rows)
+
+    return set_quantizer(model, model_args, seed, windows, folder and folder.weights)
 
 
 def pad_right(lists, value):

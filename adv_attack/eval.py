@@ -15,9 +15,17 @@ import os
 import time
 import types
 
-from adversarial_texts import accuracies, check_bits, correct_table, load_attacks, text_quality
+from adversarial_texts import (
+    accuracies,
+    check_bits,
+    correct_table,
+    load_attacks,
+    set_attacked_quantizer,
+    text_quality,
+)
 from attack_setup import ClassifierArguments, load_classifier, load_reference
 from common.arguments import option
+from common.calibration import quantizer_label
 from common.flags import parse_args
 from common.loading import load_tokenizer, resolve_configs
 from common.record import relative_path, run_record, write_json_atomic, write_text_atomic
@@ -27,7 +35,8 @@ from common.statistics import markdown_table, with_interval
 from models.errors import UserError
 
 CAPTION = (
-    "accuracy in percent [Wilson 95 %]; all: every input counts, and one that is wrong without attack counts as "
+    "Quantizer: {quantizer}. "
+    "Accuracy in percent [Wilson 95 %]; all: every input counts, and one that is wrong without attack counts as "
     "broken (the paper's way); right: only inputs that are right without attack; single: one hard sample a text; best "
     "of {n}: broken if any of {n} samples is wrong; token error rate, perplexity and similarity of the single sample, "
     "tokenized again, under the reference model {reference}."
@@ -72,8 +81,8 @@ def cell(row):
     return f"{with_interval(row['accuracy'], row['interval'], 1)} of {row['n']}"
 
 
-def table_lines(rows, samples, reference):
-    """Markdown table with its caption."""
+def table_lines(rows, samples, reference, quantizer):
+    """Markdown table with its caption. quantizer: of `set_quantizer`."""
     scores = ("single", "single_clean_right", "best_of_n", "best_of_n_clean_right")
     best = f"best of {samples}"
     header = ["attack", "inference", "texts", "single, all", "single, right", f"{best}, all", f"{best}, right"]
@@ -83,7 +92,8 @@ def table_lines(rows, samples, reference):
         quality = ["-" if row[key] is None else f"{row[key]:.{number}f}" for key, number in digits.items()]
         found = [cell(row.get(score)) for score in scores]
         cells.append([row["attack"], row["inference"], row["texts"], *found, *quality])
-    return [*markdown_table(header, cells), "", CAPTION.format(n=samples, reference=reference)]
+    caption = CAPTION.format(n=samples, reference=reference, quantizer=quantizer_label(quantizer))
+    return [*markdown_table(header, cells), "", caption]
 
 
 def main():
@@ -95,7 +105,8 @@ def main():
     tokenizer = load_tokenizer(model_args)
     model = load_classifier(model_args, tokenizer)
     reference_name, reference = load_reference(model_args, model)
-    attacks = load_attacks(args.attack_dirs, model, tokenizer, args.best_of)
+    quantizer = set_attacked_quantizer(model, model_args, args.attack_dirs)
+    attacks = load_attacks(args.attack_dirs, model, quantizer, tokenizer, args.best_of)
     samples = args.best_of or min(attack["settings"]["gumbel_samples"] for attack in attacks.values())
     _lock = run_lock(args.output_dir)
     rows, cache = [], {}
@@ -106,12 +117,16 @@ def main():
         configs = resolve_configs(model, asked)
         check_bits(name, attack, configs)
         rows += evaluate_attack(name, attack, configs, model, reference, tokenizer, samples, cache)
-    lines = table_lines(rows, samples, relative_path(reference_name))
+    lines = table_lines(rows, samples, relative_path(reference_name), quantizer)
     print("\n".join(lines), flush=True)
     write_text_atomic(os.path.join(args.output_dir, "table.md"), "\n".join(lines) + "\n")
     record = run_record(
         model=relative_path(model_args.model_name_or_path),
-        bit_config={"attacks": list(attacks), "inference": list(dict.fromkeys(row["inference"] for row in rows))},
+        bit_config={
+            "attacks": list(attacks),
+            "inference": list(dict.fromkeys(row["inference"] for row in rows)),
+            **quantizer,
+        },
         metrics={
             f"{row['attack']}/{row['inference']}/{row['texts']}/{key}": row[key]["accuracy"]
             for row in rows

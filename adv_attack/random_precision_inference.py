@@ -23,10 +23,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from adversarial_texts import check_bits, correct_table, load_attacks
+from adversarial_texts import check_bits, correct_table, load_attacks, set_attacked_quantizer
 from attack_setup import ClassifierArguments, load_classifier
 from classifier import accuracy_row
 from common.arguments import option
+from common.calibration import quantizer_label
 from common.flags import parse_args
 from common.loading import load_tokenizer, resolve_configs
 from common.record import atomic_path, plot_caption, relative_path, run_record, write_json_atomic, write_text_atomic
@@ -189,7 +190,7 @@ def matrix_lines(title, matrix, rpi, key):
     return [f"**{title}**", "", *markdown_table(["attack \\ inference", *names, "RPI"], cells), ""]
 
 
-def report_lines(matrices, rpi, summary, args, texts):
+def report_lines(matrices, rpi, summary, args, texts, label):
     """The whole table.md."""
     lines = []
     for (title, matrix), key in zip(matrices.items(), ("mean", "best_of_n_mean"), strict=True):
@@ -209,6 +210,7 @@ def report_lines(matrices, rpi, summary, args, texts):
         lines.append(f"Attacks at the set x inference at the set, {title}: {numbers}.")
     lines += [
         "",
+        f"Quantizer: {label}. "
         f"{texts} texts; accuracy in percent [Wilson 95 %], all inputs counted, a clean error counts as broken. RPI: "
         f"a precision of {', '.join(args.precision_set)} per query, mean ± standard deviation over {args.repetitions} "
         "sequences of draws. mean_all: the attacker draws a precision too, independently; mean_diagonal: the attacker "
@@ -226,7 +228,8 @@ def main():
     model = load_classifier(model_args, tokenizer)
     members = resolve_configs(model, args.precision_set)
     configs = resolve_configs(model, [*args.inference_bits, *args.precision_set])
-    attacks = load_attacks(args.attack_dirs, model, tokenizer, args.best_of)
+    quantizer = set_attacked_quantizer(model, model_args, args.attack_dirs)
+    attacks = load_attacks(args.attack_dirs, model, quantizer, tokenizer, args.best_of)
     for name, attack in attacks.items():
         check_bits(name, attack, configs)
     _lock = run_lock(args.output_dir)
@@ -242,15 +245,21 @@ def main():
         for title, matrix in matrices.items():
             summary[title] = matrix_summary([[matrix[row][name]["accuracy"] for name in members] for row in members])
     texts = len(next(iter(attacks.values()))["texts"])
-    lines = report_lines(matrices, rpi, summary, args, texts)
+    label = quantizer_label(quantizer)
+    lines = report_lines(matrices, rpi, summary, args, texts, label)
     print("\n".join(lines), flush=True)
     write_text_atomic(os.path.join(args.output_dir, "table.md"), "\n".join(lines) + "\n")
     attacked = {"source": f"texts attacked in {relative_path(args.attack_dirs[0])}", "examples": texts}
-    caption = plot_caption(model_args.model_name_or_path, attacked)
+    caption = f"{plot_caption(model_args.model_name_or_path, attacked)}; quantizer: {label}"
     draw_matrix(matrices, rpi, os.path.join(args.output_dir, "matrix.png"), caption)
     record = run_record(
         model=relative_path(model_args.model_name_or_path),
-        bit_config={"precision_set": list(members), "inference": list(configs), "bitsandbytes": args.bitsandbytes},
+        bit_config={
+            "precision_set": list(members),
+            "inference": list(configs),
+            "bitsandbytes": args.bitsandbytes,
+            **quantizer,
+        },
         metrics={f"{row}/rpi": values["mean"] for row, values in rpi.items()},
         data={"attacked": {"examples": texts}},
         seed=args.seed,

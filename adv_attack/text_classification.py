@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DataCollatorWithPadding, set_seed
 
-from classifier import accuracy_row, encode, load_rows
+from classifier import accuracy_row, encode, load_rows, set_text_quantizer
 from common import arguments
 from common.arguments import option
 from common.flags import parse_args
@@ -36,6 +36,7 @@ from common.trainer import StepMeanTrainer
 from common.training_args import TrainingArguments
 from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2ForSequenceClassification
+from models.quantization import QUANTIZED_BITS
 from text_data import check_labels, number_of_classes
 
 logger = logging.getLogger("text_classification")
@@ -115,6 +116,11 @@ def build_model(model_args, training, tokenizer, num_labels):
         model.add_lora(["shared"] if model_args.add_lora else bank, model_args.lora_r, model_args.lora_alpha)
     if bits is not None:
         model.set_bit_config(bits)
+    if training and not model.config.lora_bank:
+        layers = model.quant_layers().values()
+        model.config.trained_weights = any(layer.w_bits in QUANTIZED_BITS for layer in layers)
+        for layer in layers:
+            layer.trained = model.config.trained_weights
     if model.config.lora_bank and not model.config.base_model_name_or_path:
         model.set_base(model_args.model_name_or_path)
     return model
@@ -193,7 +199,8 @@ def main():
     model = build_model(model_args, training_args.do_train, tokenizer, num_labels)
     if "validation" in rows:
         check_labels(rows["validation"], model.config.num_labels, sources["validation"]["source"])
-    bits = describe_model(model)
+    data = data_args, training_args.seed, folder, rows.get("train")
+    bits = describe_model(model) | set_text_quantizer(model, tokenizer, model_args, *data)
     length = min(data_args.max_seq_length, model.config.max_position_embeddings)
     features = {split: build_features(texts, tokenizer, length) for split, texts in rows.items()}
     if training_args.do_train:

@@ -6,7 +6,8 @@
         --precision_set 4 6 8 --num_samples 1000 --output_dir results/attack_eot
 
 The mathematics is in gbda.py; the defaults are those of the code released with the paper. The output folder gets
-adversarial.json (texts only) and record.json. The same command resumes a killed attack, batch by batch, and does
+adversarial.json (texts only) and record.json, and the rotation of --quantizer rotated where the classifier has none,
+for eval.py and random_precision_inference.py. The same command resumes a killed attack, batch by batch, and does
 nothing after a finished one: all random numbers are functions of --seed and of the number of the text in its file, so
 the result is the same to the last digit.
 """
@@ -21,17 +22,18 @@ import random
 import time
 import types
 
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import set_seed
 
 import gbda
-from attack_setup import ClassifierArguments, load_classifier, load_reference
-from classifier import encode, load_rows
+from attack_setup import ROTATION_FILE, ClassifierArguments, load_classifier, load_reference, set_attack_quantizer
+from classifier import calibration_texts, encode, load_rows
 from common.arguments import option
 from common.checksums import json_checksum, model_checksum, tokenizer_checksum
 from common.flags import parse_args
 from common.loading import load_tokenizer, resolve_configs
-from common.record import differences, read_state, relative_path, run_record, write_state
+from common.record import atomic_path, differences, read_state, relative_path, run_record, write_state
 from common.resuming import run_lock
 from common.script import plain_errors, setup_logging
 from gbda_attack import Attack, candidate_tokens
@@ -121,7 +123,7 @@ def start_output_dir(args, settings):
             raise UserError(f"--output_dir {args.output_dir} is not empty and no attack: pass another one")
         before = read_state(path)
     if before is None:  # a fresh start, or settings that are damaged: nobody knows whose results these are
-        for name in ("parts/*", RESULT_FILE, "record.json"):
+        for name in ("parts/*", RESULT_FILE, ROTATION_FILE, "record.json"):
             for old in glob.glob(os.path.join(glob.escape(args.output_dir), name)):
                 os.remove(old)
         write_state(path, settings)
@@ -172,6 +174,12 @@ def main():
     idf = gbda.inverse_document_frequency(train_tokens, len(tokenizer))
     candidates = candidate_tokens(train_tokens, texts, tokenizer, args)
 
+    def windows():
+        return calibration_texts(model, tokenizer, model_args, data_args, args.seed, rows["train"])
+
+    kept = None if args.overwrite_output_dir else args.output_dir
+    quantizer = set_attack_quantizer(model, model_args, kept, windows, args.seed)
+    calibrated = (quantizer["quantizer"], quantizer["checkpoint_quantizer"]) == ("rotated", "minmax")
     settings = dataclasses.asdict(args) | {
         "max_seq_length": length,
         "model_sha256": model_checksum(model),
@@ -180,6 +188,8 @@ def main():
         "data": {split: {"examples": len(found), "sha256": json_checksum(found)} for split, found in rows.items()},
         "precisions": precisions,
         "execution": model_args.execution,
+        "quantizer": model.config.quantizer,
+        "calibration_samples": model_args.calibration_samples if calibrated else None,
         "attention": model.config._attn_implementation,
         "candidates": len(candidates),
         "initial_probability": gbda.survival_probability(args.initial_coeff, len(candidates)),
@@ -188,6 +198,9 @@ def main():
     settings = json.loads(json.dumps(settings))
     _lock = run_lock(args.output_dir)
     start_output_dir(args, settings)
+    if calibrated and not os.path.isfile(path := os.path.join(args.output_dir, ROTATION_FILE)):
+        with atomic_path(path) as temporary:
+            save_file(model.rotations(), temporary)
     result_path = os.path.join(args.output_dir, RESULT_FILE)
     record_path = data_args.record_file or os.path.join(args.output_dir, "record.json")
     if all((read_state(path) or {}).get("settings") == settings for path in (result_path, record_path)):
@@ -198,7 +211,7 @@ def main():
     write_state(result_path, {"settings": settings, "texts": [found[position] for position in range(len(texts))]})
     record = run_record(
         model=relative_path(model_args.model_name_or_path),
-        bit_config={"attack_bits": args.attack_bits, "precisions": list(precisions)},
+        bit_config={"attack_bits": args.attack_bits, "precisions": list(precisions), **quantizer},
         metrics={"attack_seconds": round(seconds, 1), "seconds_per_text": round(seconds / len(texts), 3)},
         data=sources,
         seed=args.seed,

@@ -19,6 +19,7 @@ from accelerate import PartialState
 from transformers import DynamicCache, set_seed
 
 from common.arguments import CheckpointArguments, option
+from common.calibration import quantizer_label, set_quantizer
 from common.checksums import file_checksum
 from common.flags import parse_args
 from common.loading import load_model, load_tokenizer, resolve_configs
@@ -29,6 +30,7 @@ from models.errors import UserError
 from models.kv_cache import QuantizedKVCache, cache_bytes
 from models.modeling_gpt2_quant import QuantGPT2LMHeadModel
 from models.user_input import read_text
+from perplexity import calibration_blocks
 
 logger = logging.getLogger("generate")
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -40,6 +42,7 @@ class GenerationArguments:
 
     prompt: list[str] | None = option(None, "one or more prompts; several make one batch, padded on the left")
     prompt_file: str | None = option(None, "text file that is one prompt")
+    train_file: str | None = option(None, "text to calibrate --quantizer rotated on, for a model without a rotation")
     bit_config: str = option("checkpoint", "JSON file, short form as W4A8KV8, uniform width as 8, or as saved")
     kv_cache: str = option("quantized", "quantized: integer codes at the config's kv_bits; float: as computed")
     bf16: bool = option(False, "bfloat16 autocast")
@@ -129,12 +132,18 @@ def main():
     model = load_model(QuantGPT2LMHeadModel, model_args, tokenizer)
     ((name, resolved),) = resolve_configs(model, [args.bit_config]).items()
     model.set_bit_config(resolved)
+
+    def windows():
+        samples = model.config.n_positions, model_args.calibration_samples, args.seed
+        return calibration_blocks(args.train_file, tokenizer, *samples)
+
+    quantizer = set_quantizer(model, model_args, args.seed, windows)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     texts, measured = generate(model, tokenizer, prompts, args)
     print(*texts, sep="\n---\n", flush=True)
     per_token, full, half = (measured[f"{key}_bytes_per_token"] for key in ("cache", "float32", "float16"))
     print(
-        f"\n{name}, {args.kv_cache} KV cache: {measured['new_tokens']} tokens, "
+        f"\n{name}, {quantizer_label(quantizer)}, {args.kv_cache} KV cache: {measured['new_tokens']} tokens, "
         f"{measured['tokens_per_second']:.1f} tokens/s; {per_token:.0f} bytes a token in the cache, "
         f"{per_token / full:.3f} of float32 ({full}), {per_token / half:.3f} of float16 ({half})",
         file=sys.stderr,
@@ -144,7 +153,12 @@ def main():
         prompt |= {"source": relative_path(args.prompt_file), "sha256": file_checksum(args.prompt_file)}
     record = run_record(
         model=relative_path(model_args.model_name_or_path),
-        bit_config={"name": name, **describe_bit_config(resolved, model.layer_shapes()), "layers": resolved},
+        bit_config={
+            "name": name,
+            **describe_bit_config(resolved, model.layer_shapes()),
+            **quantizer,
+            "layers": resolved,
+        },
         metrics=measured,
         data={"prompt": prompt},
         seed=args.seed,

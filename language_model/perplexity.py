@@ -2,6 +2,7 @@
 
 import logging
 import math
+import random
 import time
 
 import torch
@@ -21,6 +22,21 @@ def read_tokens(path, tokenizer, at_least):
     if len(tokens) < at_least:
         raise UserError(f"{path}: {len(tokens)} tokens, at least {at_least} are needed (see --block_size)")
     return tokens
+
+
+def calibration_blocks(path, tokenizer, block_size, wanted, seed):
+    """Token ids of `wanted` consecutive blocks of a training text, drawn with `seed`, for the rotated quantizer.
+
+    Raises UserError: no text (path None), or a shorter one.
+    """
+    if not path:
+        why = "the checkpoint has no rotation, and it is calibrated on the training text"
+        raise UserError(f"--quantizer rotated: {why}: pass --train_file")
+    blocks = read_tokens(path, tokenizer, block_size).unfold(0, block_size, block_size).tolist()
+    if wanted > len(blocks):
+        found = f"allowed are up to {len(blocks)}, the blocks of {block_size} tokens in {path}"
+        raise UserError(f"--calibration_samples {wanted}: {found}")
+    return random.Random(seed).sample(blocks, wanted)
 
 
 def windows(total, block_size, stride):
@@ -56,15 +72,19 @@ def perplexity(model, tokens, block_size, stride, batch_size=8, half=None):
     return math.exp(loss.item() / (len(tokens) - 1))
 
 
-def perplexity_of_configs(model, configs, tokens, block_size, stride, batch_size=8, half=None):
-    """[{"config", "average_w_bits", "weight_mb", "perplexity", "seconds"}] of {name: resolved config}."""
+def perplexity_of_configs(model, configs, quantizer, tokens, block_size, stride, batch_size=8, half=None):
+    """[{"config", "quantizer", "average_w_bits", "weight_mb", "perplexity", "seconds"}] of {name: resolved config}.
+
+    quantizer: of `quantizer_label`.
+    """
     rows, shapes = [], model.layer_shapes()
     for name, config in configs.items():
         start, size = time.time(), describe_bit_config(config, shapes)
         with model.at_bits(config):
             found = perplexity(model, tokens, block_size, stride, batch_size, half)
-        row = {"config": name, "average_w_bits": size["average_w_bits"], "weight_mb": size["weight_bytes"] / 1e6}
-        rows.append({**row, "perplexity": found, "seconds": round(time.time() - start, 2)})
+        row = {"config": name, "quantizer": quantizer, "average_w_bits": size["average_w_bits"]}
+        row |= {"weight_mb": size["weight_bytes"] / 1e6, "perplexity": found}
+        rows.append({**row, "seconds": round(time.time() - start, 2)})
         logger.info("%s: perplexity %.3f", name, found)
     return rows
 
@@ -72,5 +92,5 @@ def perplexity_of_configs(model, configs, tokens, block_size, stride, batch_size
 def table_lines(rows):
     """The table as markdown."""
     keys = ("average_w_bits", "weight_mb", "perplexity", "seconds")
-    cells = [[row["config"], *(f"{row[key]:.2f}" for key in keys)] for row in rows]
-    return markdown_table(["config", "avg bits", "MB", "perplexity", "seconds"], cells)
+    cells = [[row["config"], row["quantizer"], *(f"{row[key]:.2f}" for key in keys)] for row in rows]
+    return markdown_table(["config", "quantizer", "avg bits", "MB", "perplexity", "seconds"], cells)

@@ -21,6 +21,7 @@ import torch
 from transformers import default_data_collator, set_seed
 
 from common.arguments import option
+from common.calibration import quantizer_label, set_quantizer
 from common.checksums import file_checksum
 from common.flags import parse_args
 from common.loading import describe_model, load_model, load_tokenizer, resolve_configs, trained_configs
@@ -32,14 +33,16 @@ from common.trainer import StepMeanTrainer
 from common.training_args import TrainingArguments
 from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2LMHeadModel
-from perplexity import perplexity_of_configs, read_tokens, table_lines
+from perplexity import calibration_blocks, perplexity_of_configs, read_tokens, table_lines
 
 
 @dataclasses.dataclass
 class TextArguments:
     """The text and the perplexity."""
 
-    train_file: str | None = option(None, "UTF-8 text to train on, cut into blocks")
+    train_file: str | None = option(
+        None, "UTF-8 text to train on (and to calibrate --quantizer rotated on), in blocks"
+    )
     validation_file: str | None = option(None, "UTF-8 text whose perplexity is measured")
     block_size: int = option(1024, "tokens of a block or window (at most the model's positions)")
     stride: int | None = option(None, "tokens that each further window scores (default: half of --block_size)")
@@ -144,11 +147,11 @@ def make_trainer(model, tokenizer, targets, train_blocks, model_args, text_args,
     )
 
 
-def evaluate(model, configs, tokens, block_size, stride, training_args):
+def evaluate(model, configs, quantizer, tokens, block_size, stride, training_args):
     """Rows of the table of perplexities, which is printed and written to table.md."""
     half = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
     sizes = block_size, stride, training_args.per_device_eval_batch_size
-    rows = perplexity_of_configs(model, configs, tokens, *sizes, half)
+    rows = perplexity_of_configs(model, configs, quantizer_label(quantizer), tokens, *sizes, half)
     lines = table_lines(rows)
     print(*lines, sep="\n", flush=True)
     write_text_atomic(os.path.join(training_args.output_dir, "table.md"), "\n".join(lines) + "\n")
@@ -165,13 +168,19 @@ def main():
 
     tokenizer = load_tokenizer(model_args)
     model, targets = build_model(model_args, text_args, training_args, tokenizer)
-    bits = describe_model(model)
     configs = dict(targets)
     if text_args.eval_bit_configs or not targets:
         configs = resolve_configs(model, text_args.eval_bit_configs or trained_configs(model))
     block_size = min(text_args.block_size, model.config.n_positions)
     stride = min(text_args.stride or block_size // 2, block_size)
     texts, sources = load_texts(text_args, training_args, tokenizer, block_size)
+
+    def windows():
+        samples = model_args.calibration_samples, training_args.seed
+        return calibration_blocks(text_args.train_file, tokenizer, block_size, *samples)
+
+    quantizer = set_quantizer(model, model_args, training_args.seed, windows, folder.weights)
+    bits = describe_model(model) | quantizer
     if training_args.do_train:
         folder.start(**input_checksums(model, tokenizer, sources))
 
@@ -183,7 +192,7 @@ def main():
         return
     if training_args.do_eval:
         net = trainer.accelerator.unwrap_model(trainer.model)
-        rows = evaluate(net, configs, texts["validation"], block_size, stride, training_args)
+        rows = evaluate(net, configs, quantizer, texts["validation"], block_size, stride, training_args)
         metrics = metrics | {f"eval_perplexity_{row['config']}": row["perplexity"] for row in rows}
     details = {"bit_config": bits, "metrics": metrics, "data": sources, "rows": rows}
     details |= {"bit_configs": {"trained": dict(targets), "evaluated": configs if rows else {}}}

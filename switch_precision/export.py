@@ -8,6 +8,7 @@
 The folder opens like any checkpoint (run_qa_eval.py, from_pretrained) and needs neither the frozen base nor float32
 weights. It opens at the first config, and serves every assignment of the widths that it has. With --validation_file or
 --dataset_name, its answers are compared with those of the checkpoint, and the record says how many differ.
+--quantizer rotated needs --train_file or --dataset_name where the checkpoint has no rotation.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ import torch
 from accelerate import PartialState
 
 from common.arguments import CheckpointArguments, option
+from common.data import set_qa_quantizer
 from common.flags import parse_args
 from common.loading import load_model, load_tokenizer, resolve_configs, trained_configs
 from common.record import relative_path, run_record, write_json_atomic
@@ -31,6 +33,7 @@ from models.exported import PARTS, save_exported, served_widths
 from run_qa_eval import EvalDataArguments, Evaluator
 
 NAMES = ("QuantGPT2ForQuestionAnswering", "QuantGPT2LMHeadModel", "QuantGPT2ForSequenceClassification")
+QA = NAMES[0]
 HEADS = {name: getattr(modeling_gpt2_quant, name) for name in NAMES}
 
 
@@ -45,8 +48,9 @@ class ExportArguments(CheckpointArguments):
         "(default: what it was trained for)",
     )
     embeddings: str = option("float32", "float32, or float16: half the size, but rounded, so that answers may change")
-    head: str = option("QuantGPT2ForQuestionAnswering", f"class of the checkpoint: {', '.join(HEADS)}")
+    head: str = option(QA, f"class of the checkpoint: {', '.join(HEADS)}")
     per_device_eval_batch_size: int = option(16, "windows in a batch of the comparison")
+    seed: int = option(42, "of the questions and signs that --quantizer rotated is calibrated with")
 
 
 @dataclasses.dataclass
@@ -65,7 +69,7 @@ def check_args(args, data_args):
         raise UserError(f"--head {args.head}: allowed are {', '.join(HEADS)}")
     if args.embeddings not in ("float32", "float16"):
         raise UserError(f"--embeddings {args.embeddings}: allowed are float32, float16")
-    if (data_args.validation_file or data_args.dataset_name) and args.head != "QuantGPT2ForQuestionAnswering":
+    if (data_args.validation_file or data_args.dataset_name) and args.head != QA:
         raise UserError(
             f"--validation_file, --dataset_name: answers are compared for question answering, not {args.head}"
         )
@@ -76,13 +80,20 @@ def check_args(args, data_args):
         raise UserError(f"--output_dir {args.output_dir} holds a checkpoint: pass --overwrite_output_dir")
 
 
-def answers(model, tokenizer, args, data_args, configs):
-    """({config: {id: text}}, {config: EM}, source of the data) of a model."""
+def set_export_quantizer(model, tokenizer, args, data_args):
+    """`set_quantizer` with training questions; language models and classifiers are not calibrated here."""
+    if args.quantizer == "rotated" and model.config.quantizer == "minmax" and args.head != QA:
+        why = f"the checkpoint has no rotation, and {args.head} is calibrated where it is trained"
+        raise UserError(f"--quantizer rotated: {why}: train it with --quantizer rotated, or export it as it is")
+    return set_qa_quantizer(model, tokenizer, args, data_args, args)
+
+
+def answers(model, tokenizer, args, data_args, configs, quantizer):
+    """({config: {id: text}}, {config: EM}, source of the data) of a model. quantizer: of `set_quantizer`."""
     with tempfile.TemporaryDirectory() as scratch:
         batch = {"per_device_eval_batch_size": args.per_device_eval_batch_size}
         training_args = TrainingArguments(scratch, report_to="none", disable_tqdm=True, **batch)
-        about = {"quantizer": model.config.quantizer}
-        evaluator = Evaluator(model, tokenizer, args, data_args, training_args, about, overwrite=True)
+        evaluator = Evaluator(model, tokenizer, args, data_args, training_args, quantizer, overwrite=True)
         records = {name: evaluator.evaluate(name, resolved) for name, resolved in configs.items()}
     texts = {name: record["predictions"] for name, record in records.items()}
     return texts, {name: record["metrics"]["eval_exact_match"] for name, record in records.items()}, evaluator.sources
@@ -111,13 +122,14 @@ def main():
         raise UserError(f"{args.model_name_or_path} is exported already: export from the checkpoint of the training")
     texts = args.bit_configs or trained_configs(model)
     configs = resolve_configs(model, texts)
-    _lock = run_lock(args.output_dir)
     widths = served_widths(list(configs.values()))
+    _lock = run_lock(args.output_dir)
+    quantizer = set_export_quantizer(model, tokenizer, args, data_args)
     # Where it is evaluated without --bit_configs: all that it serves, by name or as it was saved.
     model.config.trained_bit_configs = [text for text in texts if not os.path.isfile(text)] or ["checkpoint"]
     first, dtype = next(iter(configs.values())), getattr(torch, args.embeddings)
     has_data = data_args.validation_file or data_args.dataset_name
-    before = answers(model, tokenizer, args, data_args, configs) if has_data else None
+    before = answers(model, tokenizer, args, data_args, configs, quantizer) if has_data else None
     parts = save_exported(model.cpu(), args.output_dir, widths, first, dtype)
     tokenizer.save_pretrained(args.output_dir)
     names = sorted(name for name in os.listdir(args.output_dir) if name != LOCK_FILE)
@@ -131,7 +143,7 @@ def main():
         del model
         args = dataclasses.replace(args, model_name_or_path=args.output_dir, base_model_name_or_path=None)
         exported = load_model(HEADS[args.head], args, tokenizer)
-        changes = compare_answers(before, answers(exported, tokenizer, args, data_args, configs))
+        changes = compare_answers(before, answers(exported, tokenizer, args, data_args, configs, quantizer))
         for name, change in changes.items():
             number, em = f"{change['changed']} of {change['questions']}", change["exact_match"]
             print(f"{name}: {number} answers differ from the checkpoint's; EM {em[0]:.2f} to {em[1]:.2f}")
@@ -139,10 +151,10 @@ def main():
         print("answers that differ from the checkpoint's: not measured (pass --validation_file or --dataset_name)")
     record = run_record(
         model=relative_path(source),
-        bit_config={"layers": configs, "exported_widths": widths},
+        bit_config={**quantizer, "layers": configs, "exported_widths": widths},
         metrics={**{f"{part}_bytes": size for part, size in parts.items()}, "all_files_bytes": total},
         data=before[2] if before else {},
-        seed=None,
+        seed=args.seed,
         wall_seconds=time.time() - start,
         files=files,
         embeddings=args.embeddings,

@@ -24,7 +24,7 @@ from transformers import set_seed
 from transformers.trainer_utils import EvalPrediction
 
 from common.arguments import CheckpointArguments, DataTrainingArguments, option
-from common.calibration import draw_outliers, measure_outliers, outlier_lines
+from common.calibration import draw_outliers, measure_outliers, outlier_lines, quantizer_label
 from common.checksums import data_identity, file_checksum, model_checksum, tokenizer_checksum
 from common.data import (
     build_features,
@@ -253,8 +253,7 @@ def table_lines(rows, reference, quantizer):
         ]
         for row, floor in zip(rows, floors, strict=True)
     ]
-    own, served = quantizer["checkpoint_quantizer"], quantizer["quantizer"]
-    quantizer = served if own == served else f"{served} (the checkpoint has {own})"
+    quantizer = quantizer_label(quantizer)
     caption = (
         f"Quantizer: {quantizer}. Drops, BitOPs and p (exact McNemar test of EM) are against {reference}; [95 % "
         "bootstrap interval over questions]; MB: linear weights as they are stored, with scales (up to 4 bits two a "

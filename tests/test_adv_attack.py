@@ -343,6 +343,140 @@ def test_evaluation_refuses_unfinished_other_and_damaged_attacks(trained, text_f
             evaluate(tmp_path / "other")
 
 
+# ---- the rotated quantizer
+
+
+ROTATED = ("--quantizer", "rotated", "--calibration_samples", "32")
+
+
+def classify(model, output, *flags):
+    """The record of a run of text_classification.py."""
+    call(text_classification, "--model_name_or_path", model, "--output_dir", output, *SMALL, *flags)
+    return read(output / "record.json")
+
+
+@pytest.mark.parametrize("quantizer", ["minmax", "rotated"])
+def test_a_model_whose_weights_trained_at_4_bits_comes_back_with_the_same_logits(
+    quantizer, tiny_model, text_files, tmp_path, monkeypatch
+):
+    models, original = [], text_classification.run
+
+    def run(trainer, *rest):
+        models.append(trainer.model)
+        return original(trainer, *rest)
+
+    monkeypatch.setattr(text_classification, "run", run)
+    flags = ["--do_train", "--bit_widths", "4", "--train_all_weights", "--max_steps", "3", "--learning_rate", "1e-3"]
+    classify(tiny_model, tmp_path, *text_files, *flags, *ROTATED[:1], quantizer, *ROTATED[2:])
+    again = text_classification.QuantGPT2ForSequenceClassification.from_pretrained(str(tmp_path))
+    assert again.config.trained_weights and again.config.quantizer == quantizer
+    assert (again.rotations() is not None) == (quantizer == "rotated")
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        expected = models[0].eval()(input_ids=ids).logits
+        assert torch.equal(again(input_ids=ids).logits, expected)
+        assert torch.equal(models[0].requires_grad_(False)(input_ids=ids).logits, expected)
+    more = ["--do_train", "--max_steps", "1", "--bit_config", "32", "--train_all_weights"]
+    classify(tmp_path, tmp_path / "float", *text_files, *more)
+    assert not read(tmp_path / "float" / "config.json")["trained_weights"]
+
+
+def test_rotated_training_is_recorded_and_resumes_with_its_rotation(tiny_model, text_files, tmp_path, monkeypatch):
+    saving = ["--save_strategy", "steps", "--save_steps", "2", *ROTATED]
+    whole = rpt(tiny_model, text_files, tmp_path / "whole", 4, *saving)
+    found = read(tmp_path / "whole" / "record.json")["bit_config"]
+    assert (found["quantizer"], found["checkpoint_quantizer"], found["calibration_windows"]) == (
+        "rotated",
+        "minmax",
+        32,
+    )
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoint-4")
+    (tmp_path / "killed" / "model.safetensors").unlink()
+    monkeypatch.setattr(classifier, "calibration_texts", None)  # the checkpoint has a rotation
+    resumed = rpt(tiny_model, text_files, tmp_path / "killed", 4, *saving)
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert read(tmp_path / "killed" / "record.json")["bit_config"]["rotation_sha256"] == found["rotation_sha256"]
+
+
+def test_a_classifier_without_rotation_is_calibrated_on_training_texts(trained, text_files, tmp_path):
+    evaluation = [*text_files[2:], "--do_eval", "--bit_config", "4"]
+    record = classify(trained, tmp_path / "r", *evaluation, *text_files[:2], *ROTATED)
+    assert (record["bit_config"]["quantizer"], record["bit_config"]["checkpoint_quantizer"]) == ("rotated", "minmax")
+    plain = classify(trained, tmp_path / "m", *evaluation)
+    assert plain["bit_config"]["quantizer"] == "minmax" and "rotation_sha256" not in plain["bit_config"]
+    assert plain["metrics"]["eval_loss"] != record["metrics"]["eval_loss"]
+    with pytest.raises(ValueError, match="no rotation, and it is calibrated on training texts: pass --train_file or"):
+        classify(trained, tmp_path / "r", *evaluation, *ROTATED)
+    with pytest.raises(ValueError, match="--calibration_samples 65: allowed are up to 64, the training texts"):
+        classify(trained, tmp_path / "r", *evaluation, *text_files[:2], *ROTATED, "--calibration_samples", "65")
+
+
+FAST = ("--num_iters", "2", "--attack_bits", "4")
+
+
+@pytest.fixture(scope="module")
+def rotated_attack(trained, text_files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rotated") / "attack"
+    attack(trained, text_files, folder, *FAST, *ROTATED)
+    return folder
+
+
+def test_attacks_on_the_rotated_quantizer_keep_their_rotation_for_the_evaluation(
+    trained, rotated_attack, text_files, attacks, tmp_path, caplog
+):
+    about = read(rotated_attack / "record.json")["bit_config"]
+    own = {"quantizer": "rotated", "checkpoint_quantizer": "minmax", "rotation_sha256": about["rotation_sha256"]}
+    for module in (attack_eval, rpi):
+        folder = tmp_path / module.__name__
+        words = ["--model_name_or_path", trained, "--output_dir", folder]
+        call(module, *words, "--attack_dirs", rotated_attack, "--quantizer", "rotated")
+        found = read(folder / "record.json")["bit_config"]
+        assert {key: found[key] for key in own} == own
+        assert "Quantizer: rotated (the checkpoint has minmax)." in (folder / "table.md").read_text()
+        assert "transfer" not in caplog.text
+        with pytest.raises(ValueError, match=r"attack: attacked the rotated quantizer, .* has minmax \(--quantizer\)"):
+            call(module, *words, "--attack_dirs", rotated_attack)
+        with pytest.raises(ValueError, match="8: attacked the minmax quantizer, this evaluation has rotated"):
+            call(module, *words, "--attack_dirs", rotated_attack, attacks / "8", "--quantizer", "rotated")
+        with pytest.raises(ValueError, match="8 no rotation.safetensors: attack with --quantizer rotated first"):
+            call(module, *words, "--attack_dirs", attacks / "8", "--quantizer", "rotated")
+    other = tmp_path / "other"
+    attack(trained, text_files, other, *FAST[:2], "--attack_bits", "8", *ROTATED, "--seed", "1")
+    with pytest.raises(ValueError, match="other: attacked another classifier or rotation than this one with .*attack"):
+        call(attack_eval, *words, "--attack_dirs", rotated_attack, other, "--quantizer", "rotated")
+
+
+def test_columns_of_bitsandbytes_do_not_depend_on_the_quantizer(trained, rotated_attack, text_files, tmp_path):
+    attack(trained, text_files, tmp_path / "attack", *FAST)
+    cells = []
+    for folder, quantizer in ((rotated_attack, "rotated"), (tmp_path / "attack", "minmax")):
+        call(rpi, "--model_name_or_path", trained, "--attack_dirs", folder, "--quantizer", quantizer,
+             "--bitsandbytes", "nf4", "--output_dir", tmp_path / quantizer)  # fmt: skip
+        matrix = read(tmp_path / quantizer / "record.json")["matrices"]["single sample"]
+        cells.append({row: list(matrix[row].values())[-1] for row in ("no attack", "initial Theta")})
+    assert cells[0] == cells[1]
+
+
+def test_a_resumed_attack_goes_on_with_its_rotation(trained, rotated_attack, text_files, tmp_path, monkeypatch):
+    killed = tmp_path / "killed"
+    shutil.copytree(rotated_attack, killed)
+    (killed / "adversarial.json").unlink()
+    (killed / "parts" / "00001.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(whitebox_attack, "calibration_texts", None)
+        whole = read(rotated_attack / "adversarial.json")
+        assert attack(trained, text_files, killed, *FAST, *ROTATED) == whole
+    with pytest.raises(ValueError, match=r"other settings \(calibration_samples: 32 then, 16 now\)"):
+        attack(trained, text_files, killed, *FAST, *ROTATED, "--calibration_samples", "16")
+    with pytest.raises(ValueError, match="other settings .*quantizer: 'rotated' then, 'minmax' now"):
+        attack(trained, text_files, killed, *FAST)
+    (killed / "rotation.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="killed/rotation.safetensors: .*with --overwrite_output_dir"):
+        attack(trained, text_files, killed, *FAST, *ROTATED)
+    assert attack(trained, text_files, killed, *FAST, *ROTATED, "--overwrite_output_dir") == whole
+
+
 # ---- numbers by hand
 
 

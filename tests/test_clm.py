@@ -228,6 +228,14 @@ def test_evaluation_of_stock_weights_and_of_mixed_configs(
         (["--do_eval", "--validation_file", "EMPTY"], "0 tokens, at least 2 are needed"),
         (["--do_train", "--train_file", "SHORT"], "at least 128 are needed"),
         (["--do_eval", "--validation_file", "TRAIN", "--eval_bit_configs", "9"], "9 is not a bit-width"),
+        (
+            ["--do_eval", "--validation_file", "TRAIN", "--quantizer", "rotated"],
+            "no rotation, and it is calibrated on",
+        ),
+        (
+            ["--do_eval", "--validation_file", "TRAIN", "--quantizer", "rotated", "--train_file", "TRAIN"],
+            "--calibration_samples 256: allowed are up to 6, the blocks of 128 tokens in",
+        ),
     ],
 )
 def test_run_clm_refuses(words, message, tiny_model, text_files, tmp_path, monkeypatch):
@@ -249,6 +257,58 @@ def test_loss_that_is_not_finite_stops(tiny_model, text_files, tmp_path, monkeyp
     words = ["--model_name_or_path", tiny_model, "--train_file", text_files[0], "--do_train"]
     message = error_of(monkeypatch, run_clm, *words, "--output_dir", tmp_path / "run", *TRAIN)
     assert "loss is nan at step 1 (bit config: W8A8KV8); last checkpoint: none yet" in message
+
+
+ROTATED = ("--quantizer", "rotated", "--calibration_samples", "12")
+
+
+@pytest.fixture(scope="module")
+def rotated(tiny_model, text_files, tmp_path_factory):
+    """(folder, record) of a run that trains width 4 with the rotated quantizer."""
+    folder = tmp_path_factory.mktemp("clm") / "rotated"
+    words = ["--model_name_or_path", tiny_model, "--train_file", text_files[0], "--validation_file", text_files[1]]
+    words += ["--do_train", "--do_eval", "--bit_widths", "4", "--output_dir", folder, *TRAIN, *ROTATED]
+    with pytest.MonkeyPatch.context() as patch:
+        call(patch, run_clm, *words, "--save_strategy", "steps", "--save_steps", "2")
+    return folder, read_json(folder / "record.json")
+
+
+def test_rotated_training_is_labelled_and_resumes_with_its_rotation(
+    rotated, tiny_model, text_files, tmp_path, monkeypatch
+):
+    folder, record = rotated
+    assert (record["bit_config"]["quantizer"], record["bit_config"]["calibration_windows"]) == ("rotated", 12)
+    label = "rotated (the checkpoint has minmax)"
+    assert [row["quantizer"] for row in record["rows"]] == [label] and label in (folder / "table.md").read_text()
+    again = tmp_path / "run"
+    shutil.copytree(folder, again)
+    shutil.rmtree(again / "checkpoint-4")
+    (again / "model.safetensors").unlink()
+    monkeypatch.setattr(run_clm, "calibration_blocks", None)  # the checkpoint has a rotation
+    words = ["--model_name_or_path", tiny_model, "--train_file", text_files[0], "--do_train", "--output_dir", again]
+    call(monkeypatch, run_clm, *words, "--bit_widths", "4", *TRAIN, *ROTATED)
+    first, second = (QuantGPT2LMHeadModel.from_pretrained(str(place)) for place in (folder, again))
+    states = first.state_dict(), second.state_dict()
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items()) and first.rotations()
+
+
+def test_perplexity_of_the_other_quantizer(trained, rotated, text_files, tmp_path, monkeypatch):
+    words = ["--validation_file", text_files[1], "--do_eval", "--block_size", "32", "--use_cpu", "True"]
+
+    def evaluate(name, model, *flags):
+        call(monkeypatch, run_clm, *words, "--model_name_or_path", model, "--output_dir", tmp_path / name, *flags)
+        record = read_json(tmp_path / name / "record.json")
+        (row,) = record["rows"]
+        assert record["bit_config"]["quantizer"] == row["quantizer"].split()[0]
+        return row["quantizer"], row["perplexity"]
+
+    own = evaluate("own", rotated[0])
+    assert own == ("rotated", pytest.approx(rotated[1]["rows"][0]["perplexity"], rel=1e-4))
+    served = evaluate("served", rotated[0], "--quantizer", "minmax")
+    assert served[0] == "minmax (the checkpoint has rotated)" and served[1] != own[1]
+    calibrated = evaluate("calibrated", trained[0], "--eval_bit_configs", "4", "--train_file", text_files[0], *ROTATED)
+    assert calibrated[0] == "rotated (the checkpoint has minmax)"
+    assert calibrated[1] != trained[1]["metrics"]["eval_perplexity_W4A4KV4"]
 
 
 # ---- generate.py
@@ -276,6 +336,21 @@ def test_generate_with_both_caches(bits, trained, tiny_model, tmp_path, monkeypa
     assert quantized["generation"]["kv_cache"] == "quantized" and quantized["bit_config"]["layers"]
 
 
+def test_generate_serves_the_rotation_of_the_checkpoint_or_calibrates(
+    rotated, tiny_model, text_files, tmp_path, monkeypatch, capsys
+):
+    words = ["--prompt", "Ada has", "What does Ben", "--max_new_tokens", "12", "--bit_config", "4"]
+    cases = {rotated[0]: (), tiny_model: ("--train_file", text_files[0], *ROTATED[:3], "4")}
+    for model, flags in cases.items():
+        flags = ["--model_name_or_path", model, *words, *flags]
+        text, quantized = run_generate(monkeypatch, capsys, tmp_path, *flags)
+        other, plain = run_generate(monkeypatch, capsys, tmp_path, *flags, "--kv_cache", "float")
+        assert text == other and quantized["bit_config"]["rotation_sha256"] == plain["bit_config"]["rotation_sha256"]
+        # a scale for each of the 4 heads of 16 numbers
+        assert quantized["metrics"]["cache_bytes_per_token"] == 2 * 2 * 4 * (16 // 2 + 4)
+    assert quantized["bit_config"]["checkpoint_quantizer"] == "minmax"
+
+
 def test_sampling_follows_the_seed(trained, tmp_path, monkeypatch, capsys):
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("What does")
@@ -300,6 +375,7 @@ def test_sampling_follows_the_seed(trained, tmp_path, monkeypatch, capsys):
         (["--prompt", "a", "--top_p", "0"], "a probability"),
         (["--prompt", "a", "--bit_config", "9"], "9 is not a bit-width"),
         (["--prompt", "a", "--bit_config", "5"], "the LoRA bank has only"),
+        (["--prompt", "a", "--quantizer", "rotated"], "calibrated on the training text: pass --train_file"),
     ],
 )
 def test_generate_refuses(words, message, trained, tmp_path, monkeypatch):

@@ -222,6 +222,68 @@ def test_script_measures_the_answers_that_change(checkpoint, script, capsys, squ
     assert sizes[1] < sizes[0]
 
 
+ROTATED = ("--quantizer", "rotated", "--calibration_samples", "16")
+
+
+def test_script_exports_the_rotated_quantizer(checkpoint, script, squad_files, tmp_path):
+    out = tmp_path / "out"
+    data = ("--train_file", squad_files[0], "--validation_file", squad_files[1], "--max_seq_length", "64")
+    script("--model_name_or_path", checkpoint, "--output_dir", out, *ROTATED, *data, "--doc_stride", "16")
+    record = json.loads((out / "export.json").read_text())
+    about = record["bit_config"]
+    assert (about["quantizer"], about["checkpoint_quantizer"], about["calibration_windows"]) == (
+        "rotated",
+        "minmax",
+        16,
+    )
+    assert all(change["changed"] == 0 for change in record["changed_answers"].values())
+    exported = QuantGPT2ForQuestionAnswering.from_pretrained(out)
+    expected = QuantGPT2ForQuestionAnswering.from_pretrained(checkpoint)
+    plain = logits(expected, 4)
+    expected.set_rotations(exported.rotations())
+    for config in (8, 4, HYBRID):
+        assert torch.equal(logits(exported, config), logits(expected, config))
+    assert not torch.equal(plain, logits(expected, 4))
+
+
+@pytest.mark.parametrize(("own", "asked"), [("minmax", "rotated"), ("rotated", "minmax")])
+def test_an_exported_folder_has_one_quantizer(own, asked, checkpoint, script, squad_files, tmp_path):
+    data = ("--train_file", squad_files[0], "--max_seq_length", "64", "--doc_stride", "16")
+    out = tmp_path / "out"
+    script("--model_name_or_path", checkpoint, "--output_dir", out, *ROTATED[2:], *data, "--quantizer", own)
+    with experiment("switch_precision"):
+        import run_qa_eval
+    words = ["--model_name_or_path", out, "--validation_file", squad_files[1], "--output_dir", tmp_path / "eval"]
+    words += ["--do_eval", "--use_cpu", "True", "--disable_tqdm", "True", *ROTATED[2:], *data]
+    with pytest.MonkeyPatch.context() as patch:
+        for flags in (["--quantizer", asked], ["--quantizer", asked, "--train_file", ""], []):
+            patch.setattr(sys, "argv", ["run_qa_eval.py", *map(str, words), *flags])
+            if flags:
+                with pytest.raises(ValueError, match=f"^--quantizer {asked}: .*out is exported, .* {own} alone: exp"):
+                    run_qa_eval.main()
+            else:
+                run_qa_eval.main()
+    record = json.loads((tmp_path / "eval" / "record.json").read_text())
+    assert record["bit_config"]["quantizer"] == record["bit_config"]["checkpoint_quantizer"] == own
+
+
+def test_other_heads_are_exported_with_the_rotation_that_they_have(tiny_model, script, tmp_path):
+    torch.manual_seed(0)
+    model = QuantGPT2LMHeadModel.from_pretrained(tiny_model).requires_grad_(False)
+    model.save_pretrained(tmp_path / "minmax")
+    model.set_rotations({name: torch.randn(layer.in_features) for name, layer in model.quant_layers().items()})
+    model.save_pretrained(tmp_path / "rotated")
+    words = ["--tokenizer_name", tiny_model, "--head", "QuantGPT2LMHeadModel", "--bit_configs", "4"]
+    script("--model_name_or_path", tmp_path / "rotated", "--output_dir", tmp_path / "out", *words)
+    exported = QuantGPT2LMHeadModel.from_pretrained(tmp_path / "out")
+    model.set_bit_config(4)
+    ids = torch.arange(10).view(1, 10)
+    with torch.no_grad():
+        assert torch.equal(exported(input_ids=ids).logits, model(input_ids=ids).logits)
+    with pytest.raises(ValueError, match="no rotation, and QuantGPT2LMHeadModel is calibrated where it is trained"):
+        script("--model_name_or_path", tmp_path / "minmax", "--output_dir", tmp_path / "no", *words, *ROTATED)
+
+
 def test_changed_answers_are_counted():
     with experiment("switch_precision"):
         from export import compare_answers

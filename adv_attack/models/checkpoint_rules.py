@@ -118,6 +118,7 @@ OWN_RULES = RULES | {
     ),
     "bit_config": or_null((lambda value: isinstance(value, dict), "an object with the bits of every linear")),
     "quantizer": one_of(*QUANTIZERS),
+    "trained_weights": FLAG,
     "exported_widths": or_null((lambda value: isinstance(value, dict), "an object with the widths of every linear")),
 }
 

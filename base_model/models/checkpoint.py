@@ -42,7 +42,8 @@ class QuantGPT2Config(GPT2Config):
     lora_bank, lora_r, lora_alpha: the adapters; bit_config: the resolved bits; base_model_name_or_path,
     base_model_revision (commit on the hub) and base_checksum: the frozen base, which an adapter checkpoint refers to
     and does not contain; exported_widths: what widths of each linear a deployable checkpoint has (exported.py);
-    trained_bit_configs: what is evaluated by default; quantizer: "minmax" or "rotated", see `set_rotations`.
+    trained_bit_configs: what is evaluated by default; quantizer: "minmax" or "rotated", see `set_rotations`;
+    trained_weights: the linears' own weights were trained at their bits, see `QuantLinear`.
     The own model_type keeps AutoModel from loading (out, in) weights as Conv1D.
     """
 
@@ -57,6 +58,7 @@ class QuantGPT2Config(GPT2Config):
     exported_widths: dict | None = None
     trained_bit_configs: list | None = None
     quantizer: str = "minmax"
+    trained_weights: bool = False
 
 
 AutoConfig.register("quant_gpt2", QuantGPT2Config)

@@ -71,11 +71,14 @@ def set_quantizer(model, model_args, seed, windows, checkpoint=None):
     """Give the model the quantizer of --quantizer (None: its own); returns what a record says about it.
 
     windows: makes the calibration windows, called where they are needed; checkpoint: folder of a training that is
-    resumed, whose rotation is taken.
+    resumed, whose rotation is taken. Raises UserError: an exported model of the other quantizer.
     """
     found = model.config.quantizer
     asked = model_args.quantizer or found
     about = {"quantizer": asked, "checkpoint_quantizer": found}
+    if asked != found and model.config.exported_widths:
+        own = f"{model_args.model_name_or_path} is exported, with the codes of --quantizer {found} alone"
+        raise UserError(f"--quantizer {asked}: {own}: export the checkpoint that it was made from anew")
     if asked == "minmax":
         model.set_rotations(None)
         return about
@@ -92,6 +95,12 @@ def set_quantizer(model, model_args, seed, windows, checkpoint=None):
         about |= {"calibration_windows": len(samples), "calibration_seed": seed, "outliers": outliers}
     logger.info("quantizer: rotated%s", "" if found == "rotated" else f", the checkpoint has {found}")
     return about | {"rotation_sha256": tensors_checksum(model.rotations())}
+
+
+def quantizer_label(about):
+    """The quantizer that ran, for a table. about: of `set_quantizer`."""
+    own, served = about["checkpoint_quantizer"], about["quantizer"]
+    return served if own == served else f"{served} (the checkpoint has {own})"
 
 
 # ---- outliers

@@ -39,7 +39,7 @@ class QuantGPT2Mixin(PretrainedMixin):
         for name, conv in [(n, m) for n, m in self.named_modules() if isinstance(m, Conv1D)]:
             head_size = config.n_embd // config.n_head if has_kv(name) else None
             self.set_submodule(name, layer := QuantLinear.from_conv1d(conv, head_size))
-            layer.execution = self.execution
+            layer.execution, layer.trained = self.execution, config.trained_weights
         for block in self.transformer.h:
             if config.activation_function == "gelu_new":
                 block.mlp.act = TanhGELU(self.execution)  # the same function in fewer passes

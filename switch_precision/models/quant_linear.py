@@ -29,7 +29,7 @@ class QuantLinear(nn.Module):
     `w_bits`, `a_bits`, `kv_bits` are state of the module, set by `set_bit_config`. The adapter reads the unquantized x
     (QLoRA's order); `w_bits` selects it. K and V are the last two thirds of `attn.c_attn`'s output, in heads of
     `head_size`. `rotation`: the vector d of the rotated quantizer, see rotation.py; None: MinMax.
-    `execution`: the model's, see `set_execution`.
+    `trained`: the weight was trained at its bits, and keeps its MinMax scale. `execution`: see `set_execution`.
     """
 
     def __init__(self, in_features, out_features, head_size=None):
@@ -42,6 +42,7 @@ class QuantLinear(nn.Module):
         self.w_bits, self.a_bits, self.kv_bits = 32, 32, 32 if head_size else None
         self.head_size = head_size
         self.register_buffer("rotation", None)
+        self.trained = False
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()  # peft's names; keys "4", "8", ... or "shared"
         self.scaling = 0.0
         self.execution = Execution()
@@ -146,8 +147,9 @@ class QuantLinear(nn.Module):
         if self.rotation is None:
             return quantize(self.weight, w_bits)
         weight = rotate_weight(self.weight.detach(), self.rotation)
-        # 25 tries of a scale in every step are too slow: a weight that trains keeps its MinMax scale
-        return quantize(weight, w_bits) if self.can_train else quantize_least_squares(weight, w_bits)
+        # 25 tries of a scale in every step are too slow: a weight that trains has its MinMax scale, and keeps it
+        min_max = self.can_train or self.trained
+        return quantize(weight, w_bits) if min_max else quantize_least_squares(weight, w_bits)
 
     def stored_codes(self, widths=None):
         """{width: (codes, scale)} of these widths, or of those made so far.
