@@ -4,6 +4,8 @@
 #   bash attack.sh --attack_bits 4                                the model at W4A4KV4 (or 8, "W4A8KV8", a JSON config)
 #   bash attack.sh --attack_bits random --precision_set 4 8       a precision drawn per step
 #   bash attack.sh --attack_bits eot --precision_set 4 8          the mean over the set in every step (adaptive)
+# The classifier's quantizer is attacked; --quantizer rotated calibrates one that has no rotation on the training texts
+# (TRAIN_FILE, or DATASET of the hub) and keeps the rotation in OUTPUT_DIR.
 # Any flag of whitebox_attack.py may be appended and wins. A killed attack resumes when the same command is given again.
 # Environment: MODEL DATASET TRAIN_FILE VALIDATION_FILE OUTPUT_DIR ATTACK_BITS REFERENCE_MODEL
 set -euo pipefail

@@ -4,6 +4,7 @@
 #   bash eval.sh                                                  every attack in results/attack_*
 #   bash eval.sh --precision_set 4 6 8 --bitsandbytes 8bit nf4    more precisions
 #   ATTACK_DIRS="results/a results/b" bash eval.sh                these attacks (with spaces: --attack_dirs "a b" c)
+# The classifier's quantizer is used; --quantizer rotated gives one without a rotation that of the attacks.
 # Any flag of the two scripts may be appended and wins, in each script that has it.
 # Environment: MODEL ATTACK_DIRS OUTPUT_DIR REFERENCE_MODEL
 set -euo pipefail

@@ -38,7 +38,7 @@ python3 "$here/../quickstart/make_model.py" --text_file "$TRAIN_FILE" --tokenize
 training=(--model_name_or_path "$work/lm" "${data[@]}" --do_train --do_eval --max_steps "${TRAIN_STEPS:-650}"
     --per_device_train_batch_size 32 --per_device_eval_batch_size 64 --learning_rate 1e-3 --lr_scheduler_type cosine
     --warmup_steps 50 --weight_decay 0.1 --save_steps 200 --save_total_limit 1 --logging_steps 50 --report_to none
-    --disable_tqdm True --seed "$seed")
+    --disable_tqdm True --seed "$seed" --quantizer minmax)
 for classifier in ${CLASSIFIERS:-plain rpt}; do
     model="$work/$classifier"
     bits=()

@@ -4,6 +4,7 @@
 #   bash train.sh --add_lora --learning_rate 1e-3                 one adapter on the frozen base, serves any bits
 #   bash train.sh --bit_widths 4 --learning_rate 1e-3             LoRA with weights, activations and KV cache at 4 bits
 #   bash train.sh --bit_widths 4 6 8 --random_precision_training  a width per step, an adapter per width (RPT)
+# The quantizer is MinMax, as published; --quantizer rotated spreads outlier channels before anything is rounded.
 # Any flag of text_classification.py may be appended and wins. A killed run resumes when the same command is given again.
 # Environment: MODEL DATASET TRAIN_FILE VALIDATION_FILE OUTPUT_DIR BIT_CONFIG NPROC_PER_NODE
 set -euo pipefail
@@ -13,6 +14,8 @@ source "$here/common.sh"
 count_processes
 data_flags "${DATASET:-ag_news}" TRAIN_FILE VALIDATION_FILE
 bit_config_flag --bit_config bit_widths
+quantizer=(--quantizer minmax)
+if is_off do_train; then quantizer=(); fi # an evaluation takes that of the checkpoint
 
 launch text_classification.py \
     --model_name_or_path "${MODEL:-gpt2}" \
@@ -26,6 +29,7 @@ launch text_classification.py \
     --learning_rate 2e-5 \
     --weight_decay 0.01 \
     --seed 42 \
+    ${quantizer[@]+"${quantizer[@]}"} \
     --lora_r 8 \
     --lora_alpha 16 \
     ${bits[@]+"${bits[@]}"} \

@@ -5,6 +5,7 @@
 #   bash train.sh --add_lora                          LoRA (r 8, alpha 16) on the frozen base
 #   bash train.sh --bit_widths 4                      LoRA with weights, activations and KV cache at 4 bits
 #   bash train.sh --bit_config ../configs/x.json      LoRA with the bits of a JSON file
+# The quantizer is MinMax, as published; --quantizer rotated spreads outlier channels before anything is rounded.
 # Any flag of run_qa.py may be appended and wins. A killed run resumes when the same command is given again.
 # Environment: MODEL TRAIN_FILE VALIDATION_FILE OUTPUT_DIR BIT_CONFIG NPROC_PER_NODE
 set -euo pipefail
@@ -18,6 +19,8 @@ steps=(--max_steps 1000)
 if given num_train_epochs; then steps=(); fi
 evaluation=(--eval_strategy steps)
 if is_off do_eval; then evaluation=(); fi # the Trainer would evaluate all the same
+quantizer=(--quantizer minmax)
+if is_off do_train; then quantizer=(); fi # an evaluation takes that of the checkpoint
 
 launch run_qa.py \
     --model_name_or_path "${MODEL:-gpt2}" \
@@ -31,6 +34,7 @@ launch run_qa.py \
     --learning_rate 3e-3 \
     --lr_scheduler_type cosine \
     --seed 42 \
+    ${quantizer[@]+"${quantizer[@]}"} \
     --lora_r 8 \
     --lora_alpha 16 \
     ${bits[@]+"${bits[@]}"} \

@@ -4,6 +4,7 @@
 #   bash train.sh --bit_widths 3 8 --num_cyclic_period 8 --gradient_bits 8
 #   bash train.sh --bit_widths 4 4                    static training at 4 bits with the same adapter, for comparison
 #   OUTPUT_DIR=results/range bash train.sh --precision_range_test      which width is the lowest that learns?
+# The quantizer is MinMax, as published; --quantizer rotated spreads outlier channels before anything is rounded.
 # Any flag of run_qa.py may be appended and wins. A killed run resumes when the same command is given again.
 # Environment: MODEL TRAIN_FILE VALIDATION_FILE OUTPUT_DIR NPROC_PER_NODE
 set -euo pipefail
@@ -18,6 +19,8 @@ steps=(--max_steps 1000)
 if given num_train_epochs; then steps=(); fi
 evaluation=(--eval_strategy steps)
 if is_off do_eval; then evaluation=(); fi # the Trainer would evaluate all the same
+quantizer=(--quantizer minmax)
+if is_off do_train; then quantizer=(); fi # an evaluation takes that of the checkpoint
 
 launch run_qa.py \
     --model_name_or_path "${MODEL:-gpt2}" \
@@ -31,6 +34,7 @@ launch run_qa.py \
     --learning_rate 5e-4 \
     --lr_scheduler_type linear \
     --seed 42 \
+    ${quantizer[@]+"${quantizer[@]}"} \
     --lora_r 8 \
     --lora_alpha 16 \
     ${bits[@]+"${bits[@]}"} \

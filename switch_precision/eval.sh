@@ -4,14 +4,15 @@
 #   BIT_CONFIG=../configs/hybrid_25pct_4bit.json bash eval.sh
 #   bash eval.sh --bit_configs 8 4 W4A8KV8 ../configs/*.json --reference_config 8
 # Configs that have a record in OUTPUT_DIR are not evaluated again; --overwrite_output_dir does.
+# The checkpoint's quantizer is used; --quantizer rotated calibrates one without rotation, on TRAIN_FILE or squad.
 # Any flag of run_qa_eval.py may be appended and wins.
-# Environment: MODEL VALIDATION_FILE OUTPUT_DIR BIT_CONFIG NPROC_PER_NODE
+# Environment: MODEL TRAIN_FILE VALIDATION_FILE OUTPUT_DIR BIT_CONFIG NPROC_PER_NODE
 set -euo pipefail
 here="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/common.sh"
 
 count_processes
-data_flags squad VALIDATION_FILE
+data_flags squad TRAIN_FILE VALIDATION_FILE
 bit_config_flag --bit_configs eval_bit_widths
 
 launch run_qa_eval.py \

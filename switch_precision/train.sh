@@ -4,6 +4,7 @@
 #   bash train.sh --bit_widths 4 6 8 --teacher        more widths, taught by a full-precision pass
 #   bash train.sh --bit_configs ../configs/uniform_8.json ../configs/hybrid_25pct_4bit.json      these configs instead
 #   bash train.sh --objective sequential --max_steps 2000     as published: one width after the other, 1000 steps each
+# The quantizer is MinMax, as published; --quantizer rotated spreads outlier channels before anything is rounded.
 # Any flag of run_qa.py may be appended and wins. A killed run resumes when the same command is given again.
 # Environment: MODEL TRAIN_FILE VALIDATION_FILE OUTPUT_DIR BIT_CONFIG NPROC_PER_NODE
 set -euo pipefail
@@ -19,6 +20,8 @@ steps=(--max_steps 1000)
 if given num_train_epochs; then steps=(); fi
 evaluation=(--eval_strategy steps)
 if is_off do_eval; then evaluation=(); fi # the Trainer would evaluate all the same
+quantizer=(--quantizer minmax)
+if is_off do_train; then quantizer=(); fi # an evaluation takes that of the checkpoint
 
 launch run_qa.py \
     --model_name_or_path "${MODEL:-gpt2}" \
@@ -32,6 +35,7 @@ launch run_qa.py \
     --learning_rate 3e-3 \
     --lr_scheduler_type cosine \
     --seed 42 \
+    ${quantizer[@]+"${quantizer[@]}"} \
     --lora_r 8 \
     --lora_alpha 16 \
     ${bits[@]+"${bits[@]}"} \

@@ -18,6 +18,7 @@ TRAIN_SCRIPTS = ["base_model/train.sh", "switch_precision/train.sh", "cpt/train.
 LAUNCHING = [*TRAIN_SCRIPTS, "base_model/eval.sh", "switch_precision/eval.sh", "cpt/eval.sh"]
 SCRIPTS = [*LAUNCHING, "switch_precision/sweep.sh", "benchmark/bench.sh", "adv_attack/attack.sh"]
 SCRIPTS += ["adv_attack/eval.sh"]
+EVALUATIONS = [*LAUNCHING[4:], "switch_precision/sweep.sh", "language_model/eval.sh", "adv_attack/attack.sh"]
 
 
 @pytest.fixture
@@ -85,6 +86,15 @@ def flags_of(python_stub):
         ("base_model/train.sh", "--do_eval False", {}, {"do_eval": False, "eval_strategy": "no"}),
         ("cpt/train.sh", "--do-eval=f", {}, {"do_eval": False, "eval_strategy": "no"}),
         ("switch_precision/train.sh", "--do_eval no --seed 1", {}, {"do_eval": False, "eval_strategy": "no"}),
+        # quantizer: trainings state it, evaluations take the checkpoint's and have what rotated is calibrated on
+        *((script, "", {}, {"quantizer": "minmax"}) for script in (*TRAIN_SCRIPTS, "language_model/train.sh")),
+        *((script, "--quantizer=rotated", {}, {"quantizer": "rotated"}) for script in TRAIN_SCRIPTS),
+        *((script, "--do_train False", {}, {"quantizer": None}) for script in TRAIN_SCRIPTS),
+        *(
+            (script, flags, FILES, {"quantizer": flags[12:] or None, "train_file": "t.json"})
+            for script in EVALUATIONS
+            for flags in ("", "--quantizer rotated")
+        ),
         # data and models
         ("base_model/train.sh", "", FILES, {"train_file": "t.json", "validation_file": "v.json"}),
         ("base_model/train.sh", "--train_file=u.json", FILES, {"train_file": "u.json", "validation_file": "v.json"}),
@@ -124,6 +134,8 @@ def test_an_attack_is_named_after_its_precision(flags, flags_of):
 
 def test_both_scripts_of_the_evaluation_of_attacks_get_their_flags(flags_of):
     flags = [
+        "--quantizer",
+        "rotated",
         "--model-name-or-path=m",
         "--attack_dirs",
         "an attack",
@@ -136,7 +148,7 @@ def test_both_scripts_of_the_evaluation_of_attacks_get_their_flags(flags_of):
     evaluation, inference = flags_of("adv_attack/eval.sh", *flags, "--precision_set", "5", "6", "--best_of", "2")
     for found, folder in ((evaluation, "my out/eval"), (inference, "my out/rpi")):
         assert (found.model_name_or_path, found.attack_dirs, found.best_of) == ("m", ["an attack", "b"], 2)
-        assert found.output_dir == folder
+        assert found.output_dir == folder and found.quantizer == "rotated"
     assert evaluation.eval_bits == ["32"] and inference.precision_set == ["5", "6"]
 
 
