@@ -68,8 +68,7 @@ for seed in "${seeds[@]}"; do
         switch=(switch_precision/train.sh "$model" --seed "$seed" "${training[@]}" --bit_widths 4 8)
         run "joint_$at" "${switch[@]}" --max_steps 1091
         run "mixed_$at" "${switch[@]}" --max_steps 1000 --num_mixed_configs 1
-        run "sequential_$at" "${switch[@]}" --max_steps 800 --objective sequential --curriculum 0 --quantizer minmax \
-            --distill_weight 1
+        run "sequential_$at" "${switch[@]}" --max_steps 800 --objective sequential --distill_weight 1
         for name in joint mixed sequential; do
             scores "eval_${name}_$at" "$work/runs/seeds/${name}_$at" --bit_configs 8 4
         done

@@ -15,6 +15,7 @@ FILES = {"TRAIN_FILE": "t.json", "VALIDATION_FILE": "v.json"}
 BITS = {"BIT_CONFIG": "W4A8KV8"}
 GPU = {"STUB_GPUS": "1"}
 TRAIN_SCRIPTS = ["base_model/train.sh", "switch_precision/train.sh", "cpt/train.sh", "adv_attack/train.sh"]
+PUBLISHED = ["base_model/train.sh", "cpt/train.sh", "adv_attack/train.sh", "language_model/train.sh"]
 LAUNCHING = [*TRAIN_SCRIPTS, "base_model/eval.sh", "switch_precision/eval.sh", "cpt/eval.sh"]
 SCRIPTS = [*LAUNCHING, "switch_precision/sweep.sh", "benchmark/bench.sh", "adv_attack/attack.sh"]
 SCRIPTS += ["adv_attack/eval.sh"]
@@ -87,7 +88,9 @@ def flags_of(python_stub):
         ("cpt/train.sh", "--do-eval=f", {}, {"do_eval": False, "eval_strategy": "no"}),
         ("switch_precision/train.sh", "--do_eval no --seed 1", {}, {"do_eval": False, "eval_strategy": "no"}),
         # quantizer: trainings state it, evaluations take the checkpoint's and have what rotated is calibrated on
-        *((script, "", {}, {"quantizer": "minmax"}) for script in (*TRAIN_SCRIPTS, "language_model/train.sh")),
+        *((script, "", {}, {"quantizer": "minmax"}) for script in PUBLISHED),
+        ("switch_precision/train.sh", "", {}, {"quantizer": "rotated", "curriculum": 0.9, "num_mixed_configs": 0}),
+        ("switch_precision/train.sh", "--objective=sequential", {}, {"quantizer": "minmax", "curriculum": 0.0}),
         *((script, "--quantizer=rotated", {}, {"quantizer": "rotated"}) for script in TRAIN_SCRIPTS),
         *((script, "--do_train False", {}, {"quantizer": None}) for script in TRAIN_SCRIPTS),
         *(

@@ -37,8 +37,10 @@ def model_checksum(model):
     """
     tensors, config = model.state_dict(), model.config.to_dict()
     names = "transformers_version architectures _name_or_path base_model_name_or_path base_model_revision "
-    for key in f"{names} base_checksum bit_config trained_bit_configs".split():
+    for key in f"{names} base_checksum bit_config trained_bit_configs quantizer".split():  # its vectors are weights
         config.pop(key, None)
+    if not config.get("trained_weights"):  # as in checkpoints that are older than this key
+        config.pop("trained_weights", None)
     for name, layer in model.quant_layers().items() if model.config.exported_widths else ():
         for bits, (codes, scale) in layer.stored_codes().items():
             tensors |= {f"{name}.codes.{bits}": codes, f"{name}.scale.{bits}": scale}
