@@ -317,3 +317,15 @@ def test_script_refuses(checkpoint, script, tmp_path, flags, message):
     with pytest.raises((ValueError, OSError), match=re.escape(message)):
         script("--model_name_or_path", checkpoint, *(places.get(flag, flag) for flag in flags))
     assert not (tmp_path / "out").exists() and (used / "config.json").read_text() == "{}"
+
+
+def test_the_rotated_quantizer_adds_its_vectors_to_an_export_and_nothing_else(model, tmp_path):
+    layers = model.quant_layers()
+    sizes = [export(model, tmp_path / "minmax", 8, 4)]
+    model.set_rotations({name: torch.rand(layer.in_features) + 0.5 for name, layer in layers.items()})
+    sizes.append(export(model, tmp_path / "rotated", 8, 4))
+    vectors = sum(4 * layer.in_features for layer in layers.values())
+    assert sizes[1] == sizes[0] | {"scales": sizes[0]["scales"] + vectors}
+    exported = QuantGPT2ForQuestionAnswering.from_pretrained(tmp_path / "rotated")
+    for config in (8, 4, HYBRID):
+        assert torch.equal(logits(exported, config), logits(model, config))

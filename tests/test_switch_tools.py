@@ -24,6 +24,7 @@ with experiment("switch_precision"):
     import search
     import sensitivity
     from allocation import assignment, block_reuse, gradient_scores, measure_set
+    from common import noise
     from common import statistics as eval_stats
     from common.record import write_state
     from models.bit_config import describe_bit_config
@@ -287,6 +288,57 @@ def test_all_faulty_configs_are_refused_before_any_work(run, count, tmp_path):
 def test_training_flags_are_refused(run):
     with pytest.raises(ValueError, match="only evaluates"):
         run(run_qa_eval, "--do_train")
+
+
+def test_noise_floor(run, squad_files):
+    folder = run(run_qa_eval, "--bit_configs", "8", "4", "--noise_floor")
+    rows = read(folder / "record.json")["rows"]
+    for row in rows:
+        low, high = row["noise_floor"]["exact_match"]
+        scores = [row["exact_match"], *row["noise_floor"]["variants"].values()]
+        assert [low, high] == [min(scores), max(scores)] and 0 <= row["noise_floor"]["changed"] <= 1
+    names = {"fake", "integer", "float16 embeddings", "perturbed 1", "perturbed 2"}
+    assert set(rows[0]["noise_floor"]["variants"]) == names
+    assert "noise floor" in (folder / "table.md").read_text()
+    plain = run(run_qa_eval, "--bit_configs", "8", "4", out="plain")
+    assert "noise floor" not in (plain / "table.md").read_text()
+
+
+def test_variants_of_the_noise_floor_change_the_model_and_leave_it_as_it_was(bank):
+    model = QuantGPT2ForQuestionAnswering.from_pretrained(bank)
+    model.set_execution("integer")
+    weight, seen = model.transformer.wte.weight, {}
+    before = weight.detach().clone()
+    for name, context in noise.variants(model, 0).items():
+        with context:
+            seen[name] = model.execution.kind, (weight / before - 1).abs().nan_to_num().max().item()
+        assert torch.equal(weight, before) and model.execution.kind == "integer"
+    assert seen["fake"] == ("fake", 0) and seen["integer"] == ("integer", 0)
+    assert 1e-6 < seen["perturbed 1"][1] < 1e-5 and seen["perturbed 1"] != seen["perturbed 2"]
+    assert 1e-5 < seen["float16 embeddings"][1] < 1e-2
+    texts, answers = {"a": "x", "b": "y"}, iter([{"a": "x", "b": "y"}] * 4 + [{"a": "x", "b": "z"}])
+    floor = noise.noise_floor(model, lambda: next(answers), lambda found: 50.0 * (found == texts), texts, 0)
+    assert floor["exact_match"] == [0, 50] and floor["changed"] == 0.5
+
+
+def test_outliers_are_measured_printed_and_drawn(run, squad_files, tiny_model, figures, tmp_path):
+    """A channel whose gain is raised is seen where its LayerNorm is read, and nowhere else in that block."""
+    model = QuantGPT2ForQuestionAnswering.from_pretrained(tiny_model)
+    model.transformer.h[1].ln_2.weight.data[3] *= 1000
+    model.save_pretrained(tmp_path / "loud")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "loud")
+    training = ("--train_file", squad_files[0], "--calibration_samples", "4")
+    flags = ("--bit_configs", "8", "--measure_outliers", *training)
+    folder = run(run_qa_eval, *flags, model=str(tmp_path / "loud"))
+    found = read(folder / "record.json")["outliers"]
+    loud = max(found, key=found.get)
+    assert loud == "transformer.h.1.mlp.c_fc" and 100 < found[loud]
+    assert all(1 <= size < 100 for name, size in found.items() if not name.startswith("transformer.h.1.mlp"))
+    assert f"{found[loud]:.1f}" in (folder / "table.md").read_text()
+    (axes, _) = figures["outliers"].axes
+    assert axes.images[0].get_array().max() == pytest.approx(found[loud])
+    rotated = run(run_qa_eval, *flags, "--quantizer", "rotated", out="rotated", model=str(tmp_path / "loud"))
+    assert read(rotated / "record.json")["outliers"] == found, "the same windows"
 
 
 # ---- statistics
