@@ -3,6 +3,7 @@
     python benchmark/bench_forward.py                  # GPT-2 124M size, random weights, 8 x 384; about 4 minutes
     python benchmark/bench_forward.py --torch_compile   # also whole models under torch.compile
     python benchmark/bench_forward.py --profile         # also where the time of the W8A8 forward goes
+    python benchmark/bench_forward.py --rotated --calibration_windows 256      # also the rotated quantizer
 
 The variants run in turn, round by round, so that a machine that changes speed changes all of them; printed are the
 median seconds and the median of the round-wise speed relative to the first variant. LoRA r 8 on all 48 linears.
@@ -13,15 +14,25 @@ import sys
 import time
 
 import torch
+from accelerate import PartialState
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import GPT2Config, GPT2ForQuestionAnswering
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, os.path.join(ROOT, "base_model"))
+from common.calibration import calibrate  # noqa: E402
 from models.fast import integer, kernels  # noqa: E402
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering  # noqa: E402
-from timing import make_parser, print_table, timed_rounds, write_record  # noqa: E402
+from timing import (  # noqa: E402
+    make_parser,
+    print_ratio,
+    print_table,
+    set_random_rotations,
+    timed_rounds,
+    write_record,
+)
 
+WINDOW = 180  # tokens of a calibration window
 PARTS = {  # (module, function) of ours: what it does
     (kernels, "quantize_rows"): "quantize tokens, LoRA A",
     (integer, "int_mm"): "integer product",
@@ -58,10 +69,23 @@ def shares(call):
     return {name: round(100 * value / total, 1) for name, value in (found | operators).items()}
 
 
+def calibration_seconds(model, windows, device):
+    """Time of calibrating the rotated quantizer on so many windows of WINDOW tokens."""
+    PartialState(cpu=device == "cpu")  # calibrates on the device of this
+    tokens = torch.randint(0, model.config.vocab_size, (windows, WINDOW)).tolist()
+    start = time.perf_counter()
+    calibrate(model, tokens, seed=0)
+    return time.perf_counter() - start
+
+
 def main():
     parser = make_parser(__doc__, batch_size=8, each="forward")
     parser.add_argument("--torch_compile", action="store_true", help="also the compiled variants")
     parser.add_argument("--profile", action="store_true", help="also the share of every operator")
+    parser.add_argument(
+        "--rotated", action="store_true", help="also the rotated quantizer, and its time over MinMax's"
+    )
+    parser.add_argument("--calibration_windows", type=int, default=0, help="also the time of calibrating on so many")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -85,6 +109,11 @@ def main():
     if args.torch_compile:
         variants["float32 transformers, torch.compile"] = (torch.compile(stock), None, None)
         variants["integer W8A8KV8 + LoRA, torch.compile"] = (torch.compile(bank), 8, "integer")
+    if args.rotated:
+        rotated = QuantGPT2ForQuestionAnswering(config).to(args.device).eval()
+        rotated.add_lora([4, 8])
+        set_random_rotations(rotated)
+        variants["integer W8A8KV8 + LoRA, rotated"] = (rotated, 8, "integer")
     ids = torch.randint(0, config.vocab_size, (args.batch_size, args.length), device=args.device)
 
     def prepare(model, bits, execution):
@@ -96,7 +125,15 @@ def main():
     def forward(model, *_):
         model(input_ids=ids)
 
-    rows = print_table(timed_rounds(variants, prepare, forward, args), "speed", width=42)
+    seconds = timed_rounds(variants, prepare, forward, args)
+    rows, rotation = print_table(seconds, "speed", width=42), {}
+    if args.rotated:
+        pair = "integer W8A8KV8 + LoRA, rotated", "integer W8A8KV8 + LoRA"
+        rotation["rotated_over_minmax"] = print_ratio(seconds, *pair)
+    if args.calibration_windows:
+        taken = calibration_seconds(plain, args.calibration_windows, args.device)
+        rotation["calibration_seconds"] = taken
+        print(f"calibration on {args.calibration_windows} windows of {WINDOW} tokens: {taken:.1f} s")
 
     def profiled():
         prepare(*variants["integer W8A8KV8 + LoRA"])
@@ -117,7 +154,7 @@ def main():
     for widths, share in memory.items():
         print(f"weights of the linears at {widths} bits: {share:.4f} of float32")
     lora = {"lora_percent": 100 * (1 - without_lora), "weight_memory": memory}
-    write_record(args, started, {"variants": rows, "percent": parts, **lora})
+    write_record(args, started, {"variants": rows, "percent": parts, **lora, **rotation})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python benchmark/bench_step.py                 # GPT-2 124M size, random weights, batch 4 x 384; about 3 minutes
     python benchmark/bench_step.py --joint         # one width against widths 8 and 4 with cascade distillation
+    python benchmark/bench_step.py --rotated       # also the rotated quantizer beside MinMax, on integers
 
 The variants run in turn, round by round, so that a machine that changes speed changes all of them; printed are the
 median seconds and the median of the round-wise ratio to the first variant. LoRA r 8, alpha 16 on all 48 linears, base
@@ -23,7 +24,14 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, os.path.join(ROOT, "switch_precision"))
 from adaptive_lora_trainer import qa_distillation_kl  # noqa: E402
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering  # noqa: E402
-from timing import make_parser, print_table, timed_rounds, write_record  # noqa: E402
+from timing import (  # noqa: E402
+    make_parser,
+    print_ratio,
+    print_table,
+    set_random_rotations,
+    timed_rounds,
+    write_record,
+)
 from trainer_qa import qa_cross_entropy  # noqa: E402
 
 
@@ -60,6 +68,9 @@ def main():
     parser = make_parser(__doc__, batch_size=4, each="step")
     parser.add_argument("--dropout", type=float, default=0.1, help="all three dropout probabilities of GPT-2")
     parser.add_argument("--joint", action="store_true", help="compare a joint step (widths 8, 4) with one width")
+    parser.add_argument(
+        "--rotated", action="store_true", help="also the rotated quantizer, and its time over MinMax's"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -89,6 +100,12 @@ def main():
             "W8A8KV8 + LoRA, integer, bf16 backward": (w8, (8,), False, ("integer", "bf16")),
             "W8A8KV8 + LoRA, integer, --bf16": (w8, (8,), True, ("integer",)),
         }
+    minmax = "joint, integer" if args.joint else "W8A8KV8 + LoRA, integer"
+    if args.rotated:
+        rotated = quantized_with_lora(config, *((4, 8) if args.joint else (8,)))
+        set_random_rotations(rotated)
+        models += (rotated,)
+        variants[f"{minmax}, rotated"] = (rotated, *variants[minmax][1:])
     ids = torch.randint(0, config.vocab_size, (args.batch_size, args.length), device=args.device)
     labels = torch.randint(0, args.length, (2, args.batch_size), device=args.device)
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -119,8 +136,11 @@ def main():
         optimizers[model].step()
         optimizers[model].zero_grad()
 
-    rows = print_table(timed_rounds(variants, prepare, step, args), "ratio", width=40)
-    write_record(args, started, {"variants": rows})
+    seconds = timed_rounds(variants, prepare, step, args)
+    rows, rotation = print_table(seconds, "ratio", width=40), {}
+    if args.rotated:
+        rotation["rotated_over_minmax"] = print_ratio(seconds, f"{minmax}, rotated", minmax)
+    write_record(args, started, {"variants": rows, **rotation})
 
 
 if __name__ == "__main__":

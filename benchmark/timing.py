@@ -22,6 +22,15 @@ def make_parser(doc, batch_size, each):
     return parser
 
 
+def set_random_rotations(model):
+    """The rotated quantizer with any d: what it costs does not depend on it."""
+    rotations = {}
+    for name, layer in model.quant_layers().items():
+        signs = 2 * torch.randint(2, (layer.in_features,)) - 1
+        rotations[name] = signs * torch.empty(layer.in_features).uniform_(0.5, 2)
+    model.set_rotations(rotations)
+
+
 def synchronize(device):
     """Wait for a device named "cuda"."""
     if device == "cuda":
@@ -56,6 +65,13 @@ def print_table(seconds, kind, width):
         middle = f"{row[kind]:.{2 if kind == 'speed' else 3}f}"
         print(f"{name:<{width}}{row['seconds']:>9.3f}{middle:>8}   ({min(found):.2f} - {max(found):.2f})")
     return rows
+
+
+def print_ratio(seconds, name, other):
+    """Print the time of a variant over that of another, and return the ratios, one a round."""
+    found = [a / b for a, b in zip(seconds[name], seconds[other], strict=True)]
+    print(f"{name} / {other}: {statistics.median(found):.3f}   ({min(found):.2f} - {max(found):.2f})")
+    return found
 
 
 def write_record(args, started, metrics, bit_config=None, data=None):

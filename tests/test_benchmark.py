@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -13,7 +14,7 @@ import pytest
 import torch
 from transformers import GPT2ForQuestionAnswering
 
-from conftest import ROOT, experiment
+from conftest import ROOT, experiment, load_script
 
 with experiment("benchmark"):
     import benchmark
@@ -277,6 +278,34 @@ def test_a_failing_memory_process_says_why(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(stub))
     with pytest.raises(RuntimeError, match="memory of fp32: its process ended with 3\nout of memory"):
         benchmark.memory_of("fp32", None, settings())
+
+
+# ---- the rotated quantizer beside MinMax
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "pair"),
+    [
+        ("bench_forward", ["--calibration_windows", "2"], "integer W8A8KV8 + LoRA"),
+        ("bench_step", [], "W8A8KV8 + LoRA, integer"),
+        ("bench_step", ["--joint"], "joint, integer"),
+    ],
+)
+def test_rotated_is_timed_in_the_rounds_of_minmax(script, flags, pair, monkeypatch, tmp_path, capsys):
+    module = load_script(f"benchmark/{script}.py")
+    tiny = {"n_embd": 64, "n_head": 4, "vocab_size": 320, "n_positions": 180}
+    monkeypatch.setattr(module, "GPT2Config", functools.partial(module.GPT2Config, **tiny))
+    words = ["--layers", "1", "--length", "16", "--batch_size", "2", "--rounds", "3", "--threads", "1", "--rotated"]
+    monkeypatch.setattr(sys, "argv", [script, *words, "--device", "cpu", "--output", str(tmp_path / "r.json"), *flags])
+    module.main()
+    metrics, printed = json.loads((tmp_path / "r.json").read_text())["metrics"], capsys.readouterr().out
+    kind = "speeds" if script == "bench_forward" else "ratios"
+    over = [metrics["variants"][name][kind] for name in (f"{pair}, rotated", pair)]
+    found = [(b / a if kind == "speeds" else a / b) for a, b in zip(*over, strict=True)]
+    assert metrics["rotated_over_minmax"] == pytest.approx(found) and len(found) == 3
+    assert f"{pair}, rotated / {pair}: " in printed
+    if flags[:-1]:
+        assert f"calibration on 2 windows of 180 tokens: {metrics['calibration_seconds']:.1f} s" in printed
 
 
 # ---- command line

@@ -164,7 +164,8 @@ def test_a_config_that_is_a_folder_and_one_with_a_byte_order_mark(copies):
 
 
 def test_all_faults_are_listed_with_file_key_value_and_what_is_allowed(copies):
-    edit(copies["adapters"], n_head=3, lora_r="x", lora_alpha=..., attn_pdrop=2, base_checksum="00")
+    edit(copies["adapters"], n_head=3, lora_r="x", lora_alpha=..., attn_pdrop=2, trained_weights=1)
+    edit(copies["adapters"], base_checksum="00")
     with pytest.raises(UserError) as caught:
         opened(copies["adapters"])
     lines = str(caught.value).splitlines()
@@ -172,6 +173,7 @@ def test_all_faults_are_listed_with_file_key_value_and_what_is_allowed(copies):
     for part in ('"n_head" = 3: allowed', '"lora_r" = "x": allowed', '"lora_alpha" = missing', '"attn_pdrop" = 2'):
         assert any(part in line for line in lines), part
     assert any('"base_checksum" = "00": allowed is a sha256' in line for line in lines)
+    assert any('"trained_weights" = 1: allowed is true, false' in line for line in lines)
 
 
 @pytest.mark.parametrize("key", ["lora_r", "lora_alpha", "lora_bank"])
