@@ -29,6 +29,15 @@ METHODS = {
     "mixed": "the same, with a mixed assignment",
 }
 FACTORS, ALL_FACTORS = ("30", "1"), ("30", "10", "3", "1")  # over all seeds; post-training quantization of one seed
+RECIPES = {
+    "trail_c0": "both widths from the start",
+    "trail_c6": "4 bits join after 60 %",
+    "trail_c8": "4 bits join after 80 %",
+    "trail_linear": "4 bits join after 80 %, linear schedule",
+    "joint": "4 bits join after 90 % (train.sh)",
+    "trail_nokl": "4 bits join after 90 %, no distillation",
+    "mixed": "4 bits join after 90 %, with a mixed assignment a step",
+}
 PAIRS = (("joint", "ptq_rotated"), ("joint", "static_rotated"), ("joint", "sequential"), ("joint", "mixed"))
 
 
@@ -78,6 +87,13 @@ def summarize(folder, seeds):
     for factor in ALL_FACTORS:
         outliers[factor], found = outliers_of(folder, factor, seeds[0])
         sources |= found
+    recipes = {}
+    for method in RECIPES:
+        scores, _, record, training = scores_of(folder, method, f"30_{seeds[0]}")
+        recipes[method] = {"steps": training["steps"], "passes": training["passes"], EIGHT: scores[EIGHT]}
+        recipes[method][FOUR] = scores[FOUR]
+        sources[f"recipe {method}"] = {"command": record["command"], "git": record["git"]}
+        sources[f"training of recipe {method}"] = {"command": training["command"], "git": training["git"]}
     for factor in FACTORS:
         rows[factor] = {}
         for method in METHODS:
@@ -120,6 +136,7 @@ def summarize(folder, seeds):
         notice=NOTICE,
         seeds=seeds,
         outliers=outliers,
+        recipes=recipes,
         steps=steps,
         methods=rows,
         searches=searches,
@@ -174,6 +191,15 @@ def outlier_table(summary):
     return markdown(header, rows)
 
 
+def recipe_table(summary):
+    """Markdown: ways to train jointly, one seed."""
+    rows = [
+        [RECIPES[name], str(row["steps"]), str(row["passes"]), *(f"{row[config]:.1f}" for config in (EIGHT, FOUR))]
+        for name, row in summary["recipes"].items()
+    ]
+    return markdown(["factor 30, one seed", "steps", "passes", "EM at 8", "EM at 4"], rows)
+
+
 def search_table(summary):
     """Markdown: found assignments against random ones of their budget."""
     rows = []
@@ -199,6 +225,7 @@ def main():
     tables = {"post-training": post_training_table, "seeds": training_table}
     texts = {name: "\n\n".join(make(summary, f) for f in FACTORS) for name, make in tables.items()}
     texts["outliers"] = outlier_table(summary)
+    texts["recipe"] = recipe_table(summary)
     texts["search"] = search_table(summary)
     write_into(args.pages, texts)
     print(summary["notice"], *texts.values(), sep="\n\n")

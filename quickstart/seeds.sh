@@ -8,7 +8,7 @@
 #   lora: float32, 1200 steps; quantized afterwards by either quantizer.    static: at 4 bits, 1200 steps.
 #   joint: train.sh as it stands, 8 bits alone, 4 bits joins late; 1091 steps.    mixed: the same with a random
 #   per-layer assignment beside it; 1000 steps.    sequential: the published procedure, MinMax; 800 steps.
-# Factors 10 and 3: post-training quantization of the first seed.
+# Of the first seed alone: other recipes of joint training, and post-training quantization at factors 10 and 3.
 # Environment: VENV PYTHON (see tests/make_venv.sh), WORK (default quickstart/work), SEEDS (default "42 43 44")
 set -euo pipefail
 root="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -76,5 +76,16 @@ for seed in "${seeds[@]}"; do
         search "mixed_$at"
     done
 done
+recipe() { # recipe NAME FLAGS...: another way to train jointly, of the first seed
+    local name="trail_${1}_30_${seeds[0]}"
+    shift
+    run "$name" switch_precision/train.sh "$work/model" --seed "${seeds[0]}" "${training[@]}" --bit_widths 4 8 "$@"
+    scores "eval_$name" "$work/runs/seeds/$name" --bit_configs 8 4
+}
+recipe c0 --max_steps 600 --curriculum 0
+recipe c6 --max_steps 857 --curriculum 0.6
+recipe c8 --max_steps 1000 --curriculum 0.8
+recipe linear --max_steps 1000 --curriculum 0.8 --lr_scheduler_type linear
+recipe nokl --max_steps 1091 --distill_loss none
 for factor in 10 3; do post_training "$factor" "${seeds[0]}"; done
 python3 quickstart/seeds.py --records "$work/seeds" --seeds "${seeds[@]}" --output "$work/seeds.json"
