@@ -59,7 +59,8 @@ def scores_of(folder, method, at):
     ptq = method.startswith("ptq")
     record = load(folder / f"{method if ptq else f'eval_{method}'}_{at}.json")
     rows = {row["config"]: row for row in record["rows"]}
-    floors = {name: row["noise_floor"] for name, row in rows.items()}
+    measured = load(folder / f"{method.replace('ptq', 'floor')}_{at}.json")["rows"] if ptq else record["rows"]
+    floors = {row["config"]: row["noise_floor"] for row in measured}
     training = load(folder / f"{'lora' if ptq else method}_{at}.json")
     return {name: row["exact_match"] for name, row in rows.items()}, floors, record, training
 

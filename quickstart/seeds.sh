@@ -55,7 +55,9 @@ post_training() { # post_training FACTOR SEED: sets model and at
     python3 quickstart/make_model.py --data_dir "$work/data" --output_dir "$model" --outlier_factor "$1"
     run "lora_$at" base_model/train.sh "$model" --seed "$2" "${training[@]}" --add_lora --max_steps 1200
     for quantizer in minmax rotated; do
-        scores "ptq_${quantizer}_$at" "$work/runs/seeds/lora_$at" --quantizer "$quantizer" --bit_configs "${operands[@]}"
+        run "ptq_${quantizer}_$at" switch_precision/eval.sh "$work/runs/seeds/lora_$at" --num_bootstrap 0 \
+            --quantizer "$quantizer" --bit_configs "${operands[@]}"
+        scores "floor_${quantizer}_$at" "$work/runs/seeds/lora_$at" --quantizer "$quantizer" --bit_configs 8 W4A8KV8 4
     done
 }
 for seed in "${seeds[@]}"; do
