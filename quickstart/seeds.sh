@@ -2,8 +2,7 @@
 # What the conclusions rest on, over seeds, on the tiny stand-in with outlier channels (factor 30) and without (1):
 # post-training quantization by both quantizers, training at 4 bits, joint training, bits found by search.
 # Needs what `bash quickstart/run.sh` made.
-#   bash quickstart/seeds.sh           finished runs are not repeated; two seeds may run side by side:
-#   SEEDS=42 bash quickstart/seeds.sh & SEEDS=43 bash quickstart/seeds.sh      about 75 minutes a pair on 2 CPU cores
+#   bash quickstart/seeds.sh           about 4 hours on one thread; finished runs are not repeated
 # Every training has 1200 forward passes, teachers included:
 #   lora: float32, 1200 steps; quantized afterwards by either quantizer.    static: at 4 bits, 1200 steps.
 #   joint: train.sh as it stands, 8 bits alone, 4 bits joins late; 1091 steps.    mixed: the same with a random

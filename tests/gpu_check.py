@@ -137,6 +137,7 @@ def main():
         )
 
         common = ["--max_seq_length", "256", "--max_steps", "3" if small else "40", "--learning_rate", "1e-3"]
+        common += ["--calibration_samples", "64"]
         common += ["--eval_strategy", "no", "--save_strategy", "no", "--logging_steps", "5", "--report_to", "none"]
         common += ["--per_device_eval_batch_size", "64", "--disable_tqdm", "True"] + ([] if cuda else ["--use_cpu"])
         files = {"TRAIN_FILE": str(data / "train.json"), "VALIDATION_FILE": str(data / "dev.json")}

@@ -187,7 +187,17 @@ def tiny_gpt2(tmp_path_factory):
 
 
 QA = ["--max_seq_length", "96", "--doc_stride", "16", "--use_cpu", "--disable_tqdm", "True"]
-QA_TRAINING = [*QA, "--max_steps", "2", "--per_device_train_batch_size", "4", "--eval_strategy", "no"]
+QA_TRAINING = [
+    *QA,
+    "--max_steps",
+    "2",
+    "--per_device_train_batch_size",
+    "4",
+    "--eval_strategy",
+    "no",
+    "--calibration_samples",
+    "8",
+]
 TEXTS = ["--max_seq_length", "24"]
 ATTACK = [*TEXTS, "--num_samples", "2", "--num_iters", "2", "--gumbel_batch", "2", "--gumbel_samples", "2"]
 RUNS = {
