@@ -107,11 +107,6 @@ class QuantLinear(nn.Module):
         self.clear_quantized()
 
     @property
-    def _d(self):
-        """The rotation in which the bits have this layer quantized, None without."""
-        return self.rotation if min(self.w_bits, self.a_bits) <= max(QUANTIZED_BITS) else None
-
-    @property
     def _rotated_heads(self):
         return None if self.rotation is None else self.head_size
 
@@ -213,14 +208,14 @@ class QuantLinear(nn.Module):
             self.clear_quantized()  # codes of a time when it was frozen
         shape = (*x.shape[:-1], self.out_features)
         x = x.reshape(-1, self.in_features)  # (tokens, in)
-        path, key, d, heads = self._path(x), self.active_adapter, self._d, self._rotated_heads
+        path, key, d, heads = self._path(x), self.active_adapter, self.rotation, self._rotated_heads
         bits = self.w_bits, self.a_bits, self.kv_bits
         w_bits, a_bits, kv_bits = (32, 32, 32) if self.execution.kind == "float" else bits
         A, B = (None, None) if key is None else (self.lora_A[key].weight, self.lora_B[key].weight)
         if path == "integer" and not torch.is_grad_enabled():  # adapter, K and V in the same pass
             rest = d, None if key is None else (A, B, self.scaling), kv_bits, heads
             return integer_linear(x, *self.quantized_weight(), self.bias, a_bits, *rest).view(shape)
-        if path == "float":  # at 16 and 32 bits the weight as it is
+        if path == "float":  # what has 16 or 32 bits goes in as it is, and is not rotated
             weight = fake_quantize(self.weight, w_bits, None if d is None else 1 / d)
             y = F.linear(fake_quantize(x, a_bits, d), weight, self.bias)
         else:
