@@ -1,7 +1,6 @@
 """switch_precision's tools: many-config evaluation, sensitivity sweep, gradient scores, search, statistics."""
 
 import copy
-import itertools
 import json
 import os
 import pathlib
@@ -23,10 +22,10 @@ with experiment("switch_precision"):
     import run_qa_eval
     import search
     import sensitivity
-    from allocation import assignment, block_reuse, gradient_scores, measure_set
+    from allocation import block_reuse, gradient_scores, measure_set, problem
+    from allocation import flips as flips_of
     from common import statistics as eval_stats
     from common.record import write_state
-    from models.bit_config import describe_bit_config
     from models.fast import integer as integer_products
     from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
     from utils_qa import prepare_train_features, prepare_validation_features
@@ -351,7 +350,8 @@ def test_reused_hidden_states_give_exactly_the_plain_logits(attention, tools, co
     model, measures = tools
     model.set_attn_implementation(attention)
     reference = configs["W8A8KV8"]
-    flips = sensitivity.make_flips(reference, {name: configs[name] for name in ("W4A4KV4", "W4A8KV8")})
+    lows = {name: configs[name] for name in ("W4A4KV4", "W4A8KV8")}
+    flips = flips_of.make_flips(reference, flips_of.lowered(reference, lows, ["together"]))
     assert len(flips) == 2 * (8 + 2 + 6 + 1)
     flipped = [reference | {name: configs[f["low_bits"]][name] for name in f["layers"]} for f in flips.values()]
     forward = block_reuse.ReusedForward(model)
@@ -589,83 +589,6 @@ def test_first_order_score_is_the_directional_derivative(tools, configs):
         assert found["low", name]["first_order"] == pytest.approx(slope, rel=1e-3, abs=1e-7)
 
 
-# ---- assignment
-
-
-def problems():
-    rng = np.random.default_rng(0)
-    for _ in range(12):
-        linears, options = rng.integers(2, 6), rng.integers(2, 4)
-        resource = np.sort(rng.integers(1, 30, (linears, options)))[:, ::-1] * 4
-        cost = np.hstack([np.zeros((linears, 1)), rng.normal(1, 1, (linears, options - 1))])
-        low, high = resource.min(1).sum(), resource.max(1).sum()
-        yield cost, resource, int(rng.integers(low, high + 1)), rng
-
-
-def test_solver_equals_brute_force_within_the_budget():
-    for cost, resource, budget, _ in problems():
-        choice = assignment.solve(cost, resource, budget)
-        assert assignment.total(resource, choice) <= budget
-        every = itertools.product(range(cost.shape[1]), repeat=len(cost))
-        best = min(assignment.total(cost, c) for c in every if assignment.total(resource, c) <= budget)
-        assert assignment.total(cost, choice) == pytest.approx(best)
-    with pytest.raises(ValueError, match="below"):
-        assignment.solve(cost, resource, int(resource.min(1).sum()) - 1)
-
-
-def test_random_choices_and_moves_stay_within_the_budget():
-    for cost, resource, budget, rng in problems():
-        choice = assignment.random_choice(resource, budget, rng)
-        used = assignment.total(resource, choice)
-        assert used <= budget
-        for layer, option in np.ndindex(*resource.shape):
-            extra = resource[layer, option] - resource[layer, choice[layer]]
-            assert extra <= 0 or used + extra > budget, "no linear could have more"
-        neighbours = assignment.moves(choice, cost, resource, budget)
-        predicted = [assignment.total(cost, other) for other in neighbours]
-        assert predicted == sorted(predicted) and choice not in neighbours
-        assert all(assignment.total(resource, other) <= budget for other in neighbours)
-
-
-def test_one_up_can_take_several_down():
-    resource, cost = np.array([[8, 4], [4, 2], [4, 2]]), np.array([[0, 9.0], [0, 1.0], [0, 1.0]])
-    assert assignment.moves((1, 0, 0), cost, resource, 12) == [(0, 1, 1)]
-
-
-def test_refinement_is_never_worse_and_can_improve():
-    for cost, resource, budget, rng in problems():
-        truth, start = cost + rng.normal(0, 0.5, cost.shape), assignment.solve(cost, resource, budget)
-        seen = []
-
-        def measure(base, choices, truth=truth, seen=seen):
-            seen.extend(choices)
-            return [assignment.total(truth, choice) for choice in (base, *choices)]
-
-        choice, value, before, measured = assignment.refine(start, cost, resource, budget, measure, 5, 4)
-        assert value == assignment.total(truth, choice) <= before == assignment.total(truth, start)
-        assert assignment.total(resource, choice) <= budget and measured == len(seen) + 1 == len({start, *seen})
-    # the cost says "keep the first", the measurement the opposite
-    cost, resource = np.array([[0, 2.0], [0, 1.0]]), np.array([[8, 4], [8, 4]])
-    choice, *_ = assignment.refine((0, 1), cost, resource, 12, lambda b, c: [float(x[0] == 0) for x in (b, *c)], 2, 4)
-    assert choice == (1, 0)
-
-
-@pytest.mark.parametrize("kind", assignment.BUDGETS)
-def test_resources_are_those_of_the_description(kind, tools, configs):
-    shapes = tools[0].layer_shapes()
-    options = {layer: [configs[name][layer] for name in ("W8A8KV8", "W4A8KV8", "W4A4KV4")] for layer in shapes}
-    table, unit = assignment.resources(kind, options, shapes)
-    choice = np.random.default_rng(0).integers(3, size=len(shapes))
-    resolved = {layer: entries[index] for (layer, entries), index in zip(options.items(), choice)}
-    described, reference = (describe_bit_config(config, shapes) for config in (resolved, configs["W8A8KV8"]))
-    expected = {
-        "average_bits": described["average_w_bits"],
-        "weight_mb": described["weight_bytes"] / 1e6,
-        "bitops": described["bitops_per_token"] / reference["bitops_per_token"],
-    }
-    assert assignment.total(table, choice) / unit == pytest.approx(expected[kind])
-
-
 # ---- search
 
 
@@ -695,11 +618,19 @@ def test_search_writes_and_evaluates_an_assignment_within_the_budget(run, figure
     predictions = count(run_qa_eval.QuestionAnsweringTrainer, "predict_texts")
     out = run(search, *flags)
     rows, record = rows_of(out), read(out / "record.json")
-    assert list(rows)[:3] == ["W8A8KV8", "W4A4KV4", "found"] and len(rows) == 2 + 3 * (1 + 3)
+    assert list(rows)[:4] == ["W8A8KV8", "W4A4KV4", "found", "first_last"] and list(rows)[-1] == "hybrid"
+    assert len(rows) == 2 + 3 * (1 + 1 + 3) + 1
     for name, report in record["search"].items():
         (value,) = report["budget"].values()
-        for config in [name, *(f"{name.replace('found', 'random')}_{index}" for index in range(3))]:
+        randoms = [f"{name.replace('found', 'random')}_{index}" for index in range(3)]
+        for config in [name, name.replace("found", "first_last"), *randoms]:
             assert rows[config]["average_w_bits"] <= value + 1e-9
+        for metric in ("exact_match", "f1"):
+            gains = [rows[name][metric] - rows[config][metric] for config in randoms]
+            counts = report["random"][metric]
+            assert counts["found_better"] == sum(gain > 0 for gain in gains)
+            assert counts["equal"] == sum(gain == 0 for gain in gains)
+            assert counts["found_minus_mean"] == pytest.approx(np.mean(gains))
         assert report["subset_kl"] <= report["subset_kl_before"] and report["random"]["number"] == 3
     written = read(tmp_path / "a.json")
     assert len(written) == 9 and "average_bits <= 6.4" in written["description"]
@@ -708,7 +639,10 @@ def test_search_writes_and_evaluates_an_assignment_within_the_budget(run, figure
     assert (out / "found_6.67.json").is_file() and (out / "pareto.png").is_file()
     groups = read(out / "pareto.json")["groups"]
     drawn = {line.get_label(): line.get_xydata().tolist() for line in figures["pareto"].axes[0].lines}
-    for name, label in {"found": "found", "uniform": "uniform width", "random": "random, same budget"}.items():
+    groups["hybrid"] = ["hybrid"]
+    labels = {"found": "found", "uniform": "uniform width", "random": "random, same budget"}
+    labels |= {"first_last": "first and last blocks high", "hybrid": "published hybrid"}
+    for name, label in labels.items():
         points = [[rows[config]["average_w_bits"], rows[config]["exact_match"]] for config in groups[name]]
         assert sorted(drawn[label]) == sorted(points)
     assert groups["found"] == ["found", "found_5.33", "found_6.67"] and len(groups["random"]) == 9
@@ -722,7 +656,10 @@ def test_search_with_three_options_per_linear_by_loss_on_training_data(run, swep
     flags += f" --max_refine_samples 5 --measure_split train --train_file {squad_files[0]} --max_train_samples 16"
     out = run(search, "--sensitivity_file", swept, *flags.split())
     rows = rows_of(out)
-    assert set(rows) == {"W8A8KV8", "W4A4KV4", "W4A8KV8", "found"} and rows["found"]["relative_bitops"] <= 0.45
+    assert (
+        set(rows) == {"W8A8KV8", "W4A4KV4", "W4A8KV8", "found", "first_last", "hybrid"}
+        and rows["found"]["relative_bitops"] <= 0.45
+    )
     assert read(out / "record.json")["search"]["found"]["measured"] == 4
     found = rows_of(run(search, "--sensitivity_file", swept, "--weight_mb", "0.08", "--refine_rounds", "0", out="mb"))
     assert found["found"]["weight_mb"] <= 0.08
@@ -766,13 +703,14 @@ def test_sensitivity_file_of_another_checkpoint_or_kind_is_refused(run, swept, t
 def test_byte_order_mark_of_a_sensitivity_file_and_names_of_the_search(run, swept, tmp_path):
     content = json.loads(pathlib.Path(swept).read_text())
     (tmp_path / "marked.json").write_text(json.dumps(content), encoding="utf-8-sig")
-    assert assignment.read_sensitivity(tmp_path / "marked.json") == {
+    assert problem.read_sensitivity(tmp_path / "marked.json") == {
         key: value for key, value in content.items() if key != "sha256"
     }
     low = content["identity"]["low_bits"]
     name = next(iter(low))
     content["identity"]["low_bits"] = {"found" if key == name else key: bits for key, bits in low.items()}
-    content["flips"] = {key.replace(f"{name}: ", "found: "): flip for key, flip in content["flips"].items()}
+    for flip in content["flips"].values():
+        flip["low_bits"] = "found" if flip["low_bits"] == name else flip["low_bits"]
     del content["sha256"]
     write_state(tmp_path / "named.json", content)
     with pytest.raises(ValueError, match="found is what the search calls its own"):

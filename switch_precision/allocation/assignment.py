@@ -71,15 +71,15 @@ def random_choice(resource, limit, rng):
 def moves(choice, cost, resource, limit):
     """Neighbours of a choice within the limits, best predicted first.
 
-    One linear goes to an option that takes more of something; where room then lacks, one other goes down, or several
-    in the order of predicted cost per resource set free.
+    One linear goes to an option that takes more of something; where room then lacks, one other goes to an option that
+    takes less of that, or several do, in the order of predicted cost per resource set free.
     """
     now = np.array(choice)
     changes = np.array([(linear, option) for linear, own in enumerate(cost) for option in range(len(own))])
     extra = np.concatenate([own - own[at] for own, at in zip(resource, choice, strict=True)])
     gain = np.concatenate([own - own[at] for own, at in zip(cost, choice, strict=True)])
     left, value, found = limit - total(resource, choice), total(cost, choice), {}
-    downs = np.flatnonzero((extra <= 0).all(1) & (extra < 0).any(1))
+    downs = np.flatnonzero((extra < 0).any(1))
 
     def keep(*made):
         other = now.copy()

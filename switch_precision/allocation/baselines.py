@@ -77,7 +77,7 @@ def contrast(scores, found, num_bootstrap, seed):
             "equal": sum(gain == 0 for gain in gains),
             "random_better": sum(gain < 0 for gain in gains),
             "found_better_interval_above_zero": sum(low > 0 for low in lows) if num_bootstrap else None,
-            "found_minus_mean": average[f"{metric}_drop"],
+            "found_minus_mean": float(np.mean(gains)),
             "found_minus_mean_interval": average[f"{metric}_drop_interval"],
         }
     result["better_than_found"] = result["exact_match"]["random_better"]
