@@ -2,7 +2,7 @@
 """How much does each linear, block and layer type lose at low bits? One flip at a time from a reference config.
 
     bash sweep.sh                                          # every flip from 8 to 4 bits, SQuAD v1.1 validation
-    bash sweep.sh --operands w a kv --low_bits 6 4         # weights, inputs, and keys and values, each alone
+    bash sweep.sh --operands w a kv                        # weights, inputs, and keys and values, each alone
     python sensitivity.py --model_name_or_path results/train --validation_file dev.json --output_dir results/sens
 
 Flips: the linears (48 in GPT-2), the blocks, the types attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj, attention, mlp,

@@ -486,6 +486,66 @@ def test_interrupted_sweep_goes_on_without_repeating_work(run, monkeypatch, coun
     assert len(again) == 2 * total - 2
 
 
+OPERANDS = ("--chunk_batches", "1", "--num_bootstrap", "50", "--low_bits", "4", "--operands", "w", "a", "kv")
+
+
+def test_sweep_of_single_operands_equals_separate_evaluations(run, figures, tmp_path, capsys):
+    folder = run(sensitivity, *OPERANDS, "--num_gradient_batches", "2")
+    record, printed = read(folder / "sensitivity.json"), capsys.readouterr().out
+    flips, files = record["flips"], []
+    picked = {
+        "w: transformer.h.1.mlp.c_fc": "w_bits",
+        "a: block 0": "a_bits",
+        "a: mlp": "a_bits",
+        "kv: all": "kv_bits",
+    }
+    for number, (key, field) in enumerate(picked.items()):
+        flip = flips[f"W4A4KV4 {key}"]
+        assert flip["operand"] == field.removesuffix("_bits") and f"| W4A4KV4 {key} " in printed
+        files.append(str(tmp_path / f"{number}.json"))
+        config = {"default": 8} | {layer: {field: 4} for layer in flip["layers"]}
+        pathlib.Path(files[-1]).write_text(json.dumps(config))
+    rows = rows_of(run(run_qa_eval, "--bit_configs", "8", *files, "--num_bootstrap", "50", out="eval"))
+    for number, key in enumerate(picked):
+        for name, value in rows[str(number)].items():
+            if name in flips[f"W4A4KV4 {key}"]:
+                assert flips[f"W4A4KV4 {key}"][name] == value, (key, name)
+    assert record["identity"]["operands"] == ["w", "a", "kv"] and record["identity"]["quantizer"] == "minmax"
+    assert record["bit_config"]["quantizer"] == "minmax"
+    assert list(record["rank_correlations"]) == ["W4A4KV4 w", "W4A4KV4 a", "W4A4KV4 kv"]
+    assert record["rank_correlations"]["W4A4KV4 w"]["fisher_window"]["kl"] > 0.6
+    panels = [axes for axes in figures["sensitivity"].axes if axes.images]
+    assert [axes.get_title().split("one linear at ")[1] for axes in panels[::2]] == list(record["rank_correlations"])
+    for axes in panels:
+        name, drop = axes.get_title().split("one linear at ")[1], axes.get_title().startswith("EM drop")
+        shown = axes.images[0].get_array().compressed().tolist()
+        expected = [flip for key, flip in flips.items() if key.startswith(f"{name}: transformer.")]
+        assert sorted(shown) == sorted(flip["exact_match_drop" if drop else "kl"] for flip in expected)
+        assert len(axes.texts) == len(expected) == (2 if name.endswith("kv") else 8)
+
+
+def test_interrupted_sweep_of_single_operands_goes_on_and_is_not_that_of_others(run, monkeypatch, count):
+    flags = (*OPERANDS, "--num_gradient_batches", "0")
+    whole = comparable(run(sensitivity, *flags, out="whole"))
+    original, done = sensitivity.measure_chunk, []
+
+    def stop_at_the_second(*args):
+        if done:
+            raise KeyboardInterrupt
+        done.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(sensitivity, "measure_chunk", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(sensitivity, *flags)
+    monkeypatch.setattr(sensitivity, "measure_chunk", original)
+    again = count(sensitivity, "measure_chunk")
+    folder = run(sensitivity, *flags)
+    assert comparable(folder) == whole and len(again) == len(list((folder / "state").glob("chunk-*"))) - 1
+    with pytest.raises(ValueError, match="other settings.*operands"):
+        run(sensitivity, *flags, "--operands", "w", "a")
+
+
 @pytest.mark.parametrize("name", ["identity.json", "chunk-00000.json"])
 def test_damaged_state_of_a_sweep_is_named_and_measured_again(name, run, count, tmp_path, caplog):
     whole = comparable(run(sensitivity, *SWEEP))
@@ -531,6 +591,9 @@ def test_killed_sweep_goes_on(run, bank, squad_files, tmp_path):
         (("--low_bits", "8"), "allowed are configs other than"),
         (("--low_bits", "5", "nothing.json"), r"(?s)w_bits = 5.*nothing\.json"),
         (("--measure_split", "test"), "allowed are validation, train"),
+        (("--operands", "w", "k"), "--operands w k: allowed are together, or some of w a kv"),
+        (("--operands", "together", "w"), "--operands together w: allowed are together, or some of"),
+        (("--operands", "w", "a", "--low_bits", "W4A8KV8"), "--operands a: W4A8KV8 .*as --reference_config W8A8KV8"),
         (("--chunk_batches", "0"), "--chunk_batches 0: must be a number above 0"),
     ],
 )
@@ -603,6 +666,17 @@ def swept(bank, squad_files, tmp_path_factory):
     return str(folder / "sensitivity.json")
 
 
+@pytest.fixture(scope="session")
+def swept_operands(bank, squad_files, tmp_path_factory):
+    """A sensitivity record of the bank, of single operands."""
+    folder = tmp_path_factory.mktemp("swept_operands")
+    argv = ["x.py", "--model_name_or_path", bank, "--validation_file", squad_files[1], *COMMON, *OPERANDS]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*argv, "--num_gradient_batches", "0", "--output_dir", str(folder)])
+        sensitivity.main()
+    return str(folder / "sensitivity.json")
+
+
 @pytest.mark.parametrize("module", [run_qa_eval, sensitivity, search])
 def test_a_folder_of_another_run_is_refused_and_left_alone(module, run, swept, hold, tmp_path):
     flags = {run_qa_eval: (), sensitivity: SWEEP, search: ("--sensitivity_file", swept, "--average_bits", "6")}
@@ -663,6 +737,50 @@ def test_search_with_three_options_per_linear_by_loss_on_training_data(run, swep
     assert read(out / "record.json")["search"]["found"]["measured"] == 4
     found = rows_of(run(search, "--sensitivity_file", swept, "--weight_mb", "0.08", "--refine_rounds", "0", out="mb"))
     assert found["found"]["weight_mb"] <= 0.08
+
+
+def test_search_chooses_the_bits_of_every_operand_under_budgets_of_each(run, swept_operands, bank, capsys):
+    limits = {"average_bits": 6.4, "average_a_bits": 5.5, "average_kv_bits": 6}
+    flags = [f"--{kind}={value}" for kind, value in limits.items()]
+    flags += ["--num_random", "3", "--pareto", "--pareto_points", "3", "--refine_rounds", "1"]
+    out = run(search, "--sensitivity_file", swept_operands, *flags)
+    rows, record, printed = rows_of(out), read(out / "record.json"), capsys.readouterr().out
+    assert record["search"]["found"]["budget"] == limits and record["bit_config"]["quantizer"] == "minmax"
+    grid = {"average_bits": 6, "average_a_bits": 5.5, "average_kv_bits": 6}
+    assert list(record["search"]) == ["found", "found_6.00"] and record["search"]["found_6.00"]["budget"] == grid
+    for name, budget in (("", limits), ("_6.00", grid)):
+        found = record["search"][f"found{name}"]["average_bits"]
+        for config in (f"found{name}", f"first_last{name}", *(f"random{name}_{index}" for index in range(3))):
+            for kind, limit in budget.items():
+                key = kind if kind != "average_bits" else "average_w_bits"
+                assert rows[config][key] <= limit + 1e-9, (config, kind)
+                assert not config.startswith("random") or rows[config][key] <= found[key] + 1e-9
+    layers = record["bit_config"]["layers"]["found"]
+    assert any(bits["w_bits"] != bits["a_bits"] for bits in layers.values()), "chosen separately"
+    model = QuantGPT2ForQuestionAnswering.from_pretrained(bank)
+    assert model.set_bit_config(str(out / "assignment.json")) == layers
+    assert "average_bits <= 6.4 and average_a_bits <= 5.5" in read(out / "assignment.json")["description"]
+    assert "found: average bits W " in printed and "EM: better than " in printed and "; F1: better than " in printed
+
+
+def test_search_of_single_operands_under_bitops_only(run, swept_operands):
+    flags = ("--bitops", "0.45", "--refine_rounds", "0", "--num_random", "1")
+    out = run(search, "--sensitivity_file", swept_operands, *flags)
+    rows, layers = rows_of(out), read(out / "record.json")["bit_config"]["layers"]["found"]
+    for name in ("found", "first_last", "random_0"):
+        assert rows[name]["relative_bitops"] <= 0.45 and rows[name]["average_kv_bits"] == 8
+    assert any(bits["w_bits"] != bits["a_bits"] for bits in layers.values()), "chosen separately"
+
+
+def test_refused_is_a_budget_of_an_operand_or_a_quantizer_that_was_not_swept(
+    run, swept, swept_operands, squad_files, tmp_path
+):
+    with pytest.raises(ValueError, match="--average_a_bits 6: .*flips of together,.*--operands w a kv"):
+        run(search, "--sensitivity_file", swept, "--average_bits", "6", "--average_a_bits", "6")
+    rotated = ("--quantizer", "rotated", "--train_file", squad_files[0], "--calibration_samples", "4")
+    with pytest.raises(ValueError, match="swept with --quantizer minmax, this search has rotated"):
+        run(search, "--sensitivity_file", swept_operands, "--average_bits", "6", *rotated)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
