@@ -2,12 +2,14 @@
 """How much does each linear, block and layer type lose at low bits? One flip at a time from a reference config.
 
     bash sweep.sh                                          # every flip from 8 to 4 bits, SQuAD v1.1 validation
+    bash sweep.sh --operands w a kv                        # weights, inputs, and keys and values, each alone
     python sensitivity.py --model_name_or_path results/train --validation_file dev.json --output_dir results/sens
 
 Flips: the linears (48 in GPT-2), the blocks, the types attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj, attention, mlp,
-and all at once. Measured: EM, F1, cross-entropy of the gold span, and KL of the start and end distributions from the
-reference's; beside them scores predicted from gradients of a few batches. Batches are outside and flips inside, and a
-flip reuses the hidden states below it (block_reuse.py). State is kept per chunk of batches: a killed sweep goes on.
+and all at once; W, A and K/V together, or one of them alone (--operands). Measured: EM, F1, cross-entropy of the gold
+span, and KL of the start and end distributions from the reference's; beside them scores predicted from gradients of a
+few batches. Batches are outside and flips inside, and a flip reuses the hidden states below it (block_reuse.py). State
+is kept per chunk of batches: a killed sweep goes on.
 Outputs in --output_dir: sensitivity.json (what search.py reads), sensitivity.png, the table on stdout.
 """
 
@@ -22,10 +24,11 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import set_seed
 
-from allocation.block_reuse import ReusedForward, block_of
+from allocation.block_reuse import ReusedForward
+from allocation.flips import OPERANDS, lowered, make_flips, title
 from allocation.gradient_scores import MEASURES, SCORES, correlations, gradient_scores
 from allocation.measure_set import autocast_of, load_measure_set, span_kl, span_nll
-from allocation.plots import TYPES, draw_heat_map
+from allocation.plots import draw_heat_map
 from common.arguments import CheckpointArguments, DataTrainingArguments, option
 from common.checksums import data_identity, model_checksum, tokenizer_checksum
 from common.data import set_qa_quantizer
@@ -50,27 +53,13 @@ class SweepArguments(CheckpointArguments):
 
     reference_config: str = option("8", "config that is flipped from: JSON file, short form as W8A8KV8, or a width")
     low_bits: list[str] = option(["4"], "configs that are flipped to, one or several (search.py: one per low width)")
+    operands: list[str] = option(
+        ["together"], "what a flip lowers: together (W, A and K/V of a linear), or one alone, one or several of w a kv"
+    )
     measure_split: str = option("validation", "data to measure on: validation or train (see --max_train_samples)")
     chunk_batches: int = option(8, "batches between two saves of the state")
     num_gradient_batches: int = option(8, "batches for the gradient-based scores (0: none)")
     num_bootstrap: int = option(1000, "resamples of the 95 % intervals over questions (0: no intervals)")
-
-
-def make_flips(reference, lows):
-    """All flips as {key: {"low_bits", "kind", "name", "layers"}}; lows: {name of the low config: resolved config}."""
-    layers = list(reference)
-    groups = {("layer", layer): [layer] for layer in layers}
-    for block in sorted({block_of(layer) for layer in layers}):
-        groups["block", f"block {block}"] = [layer for layer in layers if block_of(layer) == block]
-    for kind in (*TYPES, "attn", "mlp"):
-        prefix = f".{kind}" if "." in kind else f".{kind}."
-        groups["type", kind] = [layer for layer in layers if prefix in layer]
-    groups["all", "all"] = layers
-    return {
-        f"{low}: {name}": {"low_bits": low, "kind": kind, "name": name, "layers": members}
-        for low in lows
-        for (kind, name), members in groups.items()
-    }
 
 
 def measure_chunk(forward, measure_set, chunk, reference, configs, tick):
@@ -155,12 +144,30 @@ def table_lines(flips, reference):
     return markdown_table(header, rows)
 
 
+def low_configs(args, name, reference, others):
+    """`lowered` of --low_bits and --operands; UserError for flips that change nothing."""
+    asked = list(dict.fromkeys(args.operands))
+    if asked != ["together"] and not set(asked) <= set(OPERANDS):
+        raise UserError(f"--operands {' '.join(args.operands)}: allowed are together, or some of {' '.join(OPERANDS)}")
+    if not others or reference in others.values():
+        shown = " ".join(args.low_bits)
+        raise UserError(f"--low_bits {shown}: allowed are configs other than --reference_config {name}")
+    found = lowered(reference, others, asked)
+    if same := [operand for operand in asked if operand not in {operand for _, operand in found}]:
+        raise UserError(
+            f"--operands {same[0]}: {' '.join(others)} have its bits as --reference_config {name} has them"
+        )
+    return found
+
+
 def sweep_identity(model, tokenizer, measure_set, reference, lows, model_args, data_args, training_args):
     """All that the measurements depend on; what search.py looks at, too."""
     return {
         "model_sha256": model_checksum(model),
         "reference_config": reference,
         "low_bits": lows,
+        "operands": list(dict.fromkeys(model_args.operands)),
+        "quantizer": model.config.quantizer,
         "tokenizer_sha256": tokenizer_checksum(tokenizer),
         "data": data_identity(measure_set.examples),
         "batches": [training_args.eval_batch_size, model_args.chunk_batches, len(measure_set.batches)],
@@ -182,10 +189,10 @@ def sweep_cost(parts):
 def report_lines(flips, reference, ranks, cost):
     """Everything that the sweep prints."""
     lines = table_lines(flips, reference)
-    for low, rows in ranks.items():
+    for name, rows in ranks.items():
         for score, values in rows.items():
-            shown = ", ".join(f"{name} {'-' if value is None else f'{value:+.2f}'}" for name, value in values.items())
-            lines.append(f"Spearman rank correlation over linears, {low}: {score} with {shown}")
+            shown = ", ".join(f"{key} {'-' if value is None else f'{value:+.2f}'}" for key, value in values.items())
+            lines.append(f"Spearman rank correlation over linears, {name}: {score} with {shown}")
     lines.append(
         f"{cost['block_forwards']} block forwards in {cost['wall_seconds']:.0f} s; separate evaluations of reference "
         f"and {len(flips)} flips: {cost['plain_block_forwards']} ({100 * cost['block_forwards_fraction']:.1f} %)"
@@ -206,29 +213,33 @@ def main():
     model = load_model(QuantGPT2ForQuestionAnswering, model_args, tokenizer).to(training_args.device)
     (name, reference), *others = resolve_configs(model, [model_args.reference_config, *model_args.low_bits]).items()
     lows = dict(others)
-    if not lows or reference in lows.values():
-        shown = " ".join(model_args.low_bits)
-        raise UserError(f"--low_bits {shown}: allowed are configs other than --reference_config {name}")
+    targets = low_configs(model_args, name, reference, lows)
     quantizer = set_qa_quantizer(model, tokenizer, model_args, data_args, training_args)
     _lock = run_lock(folder)
     chunk = model_args.chunk_batches
     measure_set, sources = load_measure_set(model, tokenizer, model_args, data_args, training_args, chunk)
     identity = sweep_identity(model, tokenizer, measure_set, reference, lows, model_args, data_args, training_args)
     state = open_state(os.path.join(folder, "state"), identity, data_args.overwrite_output_dir)
-    flips = make_flips(reference, lows)
-    configs = [reference | {one: lows[flip["low_bits"]][one] for one in flip["layers"]} for flip in flips.values()]
+    flips = make_flips(reference, targets)
+    configs = [
+        reference | {layer: targets[flip["low_bits"], flip["operand"]][layer] for layer in flip["layers"]}
+        for flip in flips.values()
+    ]
     forward = ReusedForward(model, autocast_of(training_args))
     parts = sweep(forward, measure_set, reference, configs, state, progress=not training_args.disable_tqdm)
 
     references = {row["id"]: row["answers"]["text"] for row in measure_set.examples}
     measured = summarize(parts, ["reference", *flips], references, model_args.num_bootstrap, seed)
-    predicted = gradient_scores(model, measure_set, reference, lows, model_args.num_gradient_batches, seed)
+    predicted = gradient_scores(model, measure_set, reference, targets, model_args.num_gradient_batches, seed)
     for key, flip in flips.items():
         flip |= measured[key]
         if flip["kind"] == "layer":
-            flip |= predicted.get((flip["low_bits"], flip["name"]), {})
-    linears = [flip for flip in flips.values() if flip["kind"] == "layer"]
-    ranks = {low: correlations([flip for flip in linears if flip["low_bits"] == low]) for low in lows}
+            flip |= predicted.get(((flip["low_bits"], flip["operand"]), flip["name"]), {})
+    linears = {target: [] for target in targets}
+    for flip in flips.values():
+        if flip["kind"] == "layer":
+            linears[flip["low_bits"], flip["operand"]].append(flip)
+    ranks = {title(*target): correlations(members) for target, members in linears.items()}
     cost = sweep_cost(parts)
     print("\n".join(report_lines(flips, measured["reference"], ranks, cost)), flush=True)
     caption = plot_caption(model_args.model_name_or_path, sources[model_args.measure_split])

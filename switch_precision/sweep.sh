@@ -2,6 +2,7 @@
 # Sensitivity of every linear, block and layer type of a checkpoint to low bits, on SQuAD v1.1 (sensitivity.py).
 #   bash sweep.sh                                         each flipped from 8 to 4 bits
 #   bash sweep.sh --low_bits 4 6 --max_eval_samples 2000
+#   bash sweep.sh --operands w a kv                       weights, inputs, and keys and values, each alone
 #   bash sweep.sh && python search.py --sensitivity_file results/sensitivity/sensitivity.json ...
 # One process, one GPU. A killed sweep goes on when the same command is given again.
 # The checkpoint's quantizer is used; --quantizer rotated calibrates one without rotation, on TRAIN_FILE or squad.

@@ -1,7 +1,6 @@
 """switch_precision's tools: many-config evaluation, sensitivity sweep, gradient scores, search, statistics."""
 
 import copy
-import itertools
 import json
 import os
 import pathlib
@@ -23,11 +22,11 @@ with experiment("switch_precision"):
     import run_qa_eval
     import search
     import sensitivity
-    from allocation import assignment, block_reuse, gradient_scores, measure_set
+    from allocation import block_reuse, gradient_scores, measure_set, problem
+    from allocation import flips as flips_of
     from common import noise
     from common import statistics as eval_stats
     from common.record import write_state
-    from models.bit_config import describe_bit_config
     from models.fast import integer as integer_products
     from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
     from utils_qa import prepare_train_features, prepare_validation_features
@@ -403,7 +402,8 @@ def test_reused_hidden_states_give_exactly_the_plain_logits(attention, tools, co
     model, measures = tools
     model.set_attn_implementation(attention)
     reference = configs["W8A8KV8"]
-    flips = sensitivity.make_flips(reference, {name: configs[name] for name in ("W4A4KV4", "W4A8KV8")})
+    lows = {name: configs[name] for name in ("W4A4KV4", "W4A8KV8")}
+    flips = flips_of.make_flips(reference, flips_of.lowered(reference, lows, ["together"]))
     assert len(flips) == 2 * (8 + 2 + 6 + 1)
     flipped = [reference | {name: configs[f["low_bits"]][name] for name in f["layers"]} for f in flips.values()]
     forward = block_reuse.ReusedForward(model)
@@ -538,6 +538,66 @@ def test_interrupted_sweep_goes_on_without_repeating_work(run, monkeypatch, coun
     assert len(again) == 2 * total - 2
 
 
+OPERANDS = ("--chunk_batches", "1", "--num_bootstrap", "50", "--low_bits", "4", "--operands", "w", "a", "kv")
+
+
+def test_sweep_of_single_operands_equals_separate_evaluations(run, figures, tmp_path, capsys):
+    folder = run(sensitivity, *OPERANDS, "--num_gradient_batches", "2")
+    record, printed = read(folder / "sensitivity.json"), capsys.readouterr().out
+    flips, files = record["flips"], []
+    picked = {
+        "w: transformer.h.1.mlp.c_fc": "w_bits",
+        "a: block 0": "a_bits",
+        "a: mlp": "a_bits",
+        "kv: all": "kv_bits",
+    }
+    for number, (key, field) in enumerate(picked.items()):
+        flip = flips[f"W4A4KV4 {key}"]
+        assert flip["operand"] == field.removesuffix("_bits") and f"| W4A4KV4 {key} " in printed
+        files.append(str(tmp_path / f"{number}.json"))
+        config = {"default": 8} | {layer: {field: 4} for layer in flip["layers"]}
+        pathlib.Path(files[-1]).write_text(json.dumps(config))
+    rows = rows_of(run(run_qa_eval, "--bit_configs", "8", *files, "--num_bootstrap", "50", out="eval"))
+    for number, key in enumerate(picked):
+        for name, value in rows[str(number)].items():
+            if name in flips[f"W4A4KV4 {key}"]:
+                assert flips[f"W4A4KV4 {key}"][name] == value, (key, name)
+    assert record["identity"]["operands"] == ["w", "a", "kv"] and record["identity"]["quantizer"] == "minmax"
+    assert record["bit_config"]["quantizer"] == "minmax"
+    assert list(record["rank_correlations"]) == ["W4A4KV4 w", "W4A4KV4 a", "W4A4KV4 kv"]
+    assert record["rank_correlations"]["W4A4KV4 w"]["fisher_window"]["kl"] > 0.6
+    panels = [axes for axes in figures["sensitivity"].axes if axes.images]
+    assert [axes.get_title().split("one linear at ")[1] for axes in panels[::2]] == list(record["rank_correlations"])
+    for axes in panels:
+        name, drop = axes.get_title().split("one linear at ")[1], axes.get_title().startswith("EM drop")
+        shown = axes.images[0].get_array().compressed().tolist()
+        expected = [flip for key, flip in flips.items() if key.startswith(f"{name}: transformer.")]
+        assert sorted(shown) == sorted(flip["exact_match_drop" if drop else "kl"] for flip in expected)
+        assert len(axes.texts) == len(expected) == (2 if name.endswith("kv") else 8)
+
+
+def test_interrupted_sweep_of_single_operands_goes_on_and_is_not_that_of_others(run, monkeypatch, count):
+    flags = (*OPERANDS, "--num_gradient_batches", "0")
+    whole = comparable(run(sensitivity, *flags, out="whole"))
+    original, done = sensitivity.measure_chunk, []
+
+    def stop_at_the_second(*args):
+        if done:
+            raise KeyboardInterrupt
+        done.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(sensitivity, "measure_chunk", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(sensitivity, *flags)
+    monkeypatch.setattr(sensitivity, "measure_chunk", original)
+    again = count(sensitivity, "measure_chunk")
+    folder = run(sensitivity, *flags)
+    assert comparable(folder) == whole and len(again) == len(list((folder / "state").glob("chunk-*"))) - 1
+    with pytest.raises(ValueError, match="other settings.*operands"):
+        run(sensitivity, *flags, "--operands", "w", "a")
+
+
 @pytest.mark.parametrize("name", ["identity.json", "chunk-00000.json"])
 def test_damaged_state_of_a_sweep_is_named_and_measured_again(name, run, count, tmp_path, caplog):
     whole = comparable(run(sensitivity, *SWEEP))
@@ -583,6 +643,9 @@ def test_killed_sweep_goes_on(run, bank, squad_files, tmp_path):
         (("--low_bits", "8"), "allowed are configs other than"),
         (("--low_bits", "5", "nothing.json"), r"(?s)w_bits = 5.*nothing\.json"),
         (("--measure_split", "test"), "allowed are validation, train"),
+        (("--operands", "w", "k"), "--operands w k: allowed are together, or some of w a kv"),
+        (("--operands", "together", "w"), "--operands together w: allowed are together, or some of"),
+        (("--operands", "w", "a", "--low_bits", "W4A8KV8"), "--operands a: W4A8KV8 .*as --reference_config W8A8KV8"),
         (("--chunk_batches", "0"), "--chunk_batches 0: must be a number above 0"),
     ],
 )
@@ -641,83 +704,6 @@ def test_first_order_score_is_the_directional_derivative(tools, configs):
         assert found["low", name]["first_order"] == pytest.approx(slope, rel=1e-3, abs=1e-7)
 
 
-# ---- assignment
-
-
-def problems():
-    rng = np.random.default_rng(0)
-    for _ in range(12):
-        linears, options = rng.integers(2, 6), rng.integers(2, 4)
-        resource = np.sort(rng.integers(1, 30, (linears, options)))[:, ::-1] * 4
-        cost = np.hstack([np.zeros((linears, 1)), rng.normal(1, 1, (linears, options - 1))])
-        low, high = resource.min(1).sum(), resource.max(1).sum()
-        yield cost, resource, int(rng.integers(low, high + 1)), rng
-
-
-def test_solver_equals_brute_force_within_the_budget():
-    for cost, resource, budget, _ in problems():
-        choice = assignment.solve(cost, resource, budget)
-        assert assignment.total(resource, choice) <= budget
-        every = itertools.product(range(cost.shape[1]), repeat=len(cost))
-        best = min(assignment.total(cost, c) for c in every if assignment.total(resource, c) <= budget)
-        assert assignment.total(cost, choice) == pytest.approx(best)
-    with pytest.raises(ValueError, match="below"):
-        assignment.solve(cost, resource, int(resource.min(1).sum()) - 1)
-
-
-def test_random_choices_and_moves_stay_within_the_budget():
-    for cost, resource, budget, rng in problems():
-        choice = assignment.random_choice(resource, budget, rng)
-        used = assignment.total(resource, choice)
-        assert used <= budget
-        for layer, option in np.ndindex(*resource.shape):
-            extra = resource[layer, option] - resource[layer, choice[layer]]
-            assert extra <= 0 or used + extra > budget, "no linear could have more"
-        neighbours = assignment.moves(choice, cost, resource, budget)
-        predicted = [assignment.total(cost, other) for other in neighbours]
-        assert predicted == sorted(predicted) and choice not in neighbours
-        assert all(assignment.total(resource, other) <= budget for other in neighbours)
-
-
-def test_one_up_can_take_several_down():
-    resource, cost = np.array([[8, 4], [4, 2], [4, 2]]), np.array([[0, 9.0], [0, 1.0], [0, 1.0]])
-    assert assignment.moves((1, 0, 0), cost, resource, 12) == [(0, 1, 1)]
-
-
-def test_refinement_is_never_worse_and_can_improve():
-    for cost, resource, budget, rng in problems():
-        truth, start = cost + rng.normal(0, 0.5, cost.shape), assignment.solve(cost, resource, budget)
-        seen = []
-
-        def measure(base, choices, truth=truth, seen=seen):
-            seen.extend(choices)
-            return [assignment.total(truth, choice) for choice in (base, *choices)]
-
-        choice, value, before, measured = assignment.refine(start, cost, resource, budget, measure, 5, 4)
-        assert value == assignment.total(truth, choice) <= before == assignment.total(truth, start)
-        assert assignment.total(resource, choice) <= budget and measured == len(seen) + 1 == len({start, *seen})
-    # the cost says "keep the first", the measurement the opposite
-    cost, resource = np.array([[0, 2.0], [0, 1.0]]), np.array([[8, 4], [8, 4]])
-    choice, *_ = assignment.refine((0, 1), cost, resource, 12, lambda b, c: [float(x[0] == 0) for x in (b, *c)], 2, 4)
-    assert choice == (1, 0)
-
-
-@pytest.mark.parametrize("kind", assignment.BUDGETS)
-def test_resources_are_those_of_the_description(kind, tools, configs):
-    shapes = tools[0].layer_shapes()
-    options = {layer: [configs[name][layer] for name in ("W8A8KV8", "W4A8KV8", "W4A4KV4")] for layer in shapes}
-    table, unit = assignment.resources(kind, options, shapes)
-    choice = np.random.default_rng(0).integers(3, size=len(shapes))
-    resolved = {layer: entries[index] for (layer, entries), index in zip(options.items(), choice)}
-    described, reference = (describe_bit_config(config, shapes) for config in (resolved, configs["W8A8KV8"]))
-    expected = {
-        "average_bits": described["average_w_bits"],
-        "weight_mb": described["weight_bytes"] / 1e6,
-        "bitops": described["bitops_per_token"] / reference["bitops_per_token"],
-    }
-    assert assignment.total(table, choice) / unit == pytest.approx(expected[kind])
-
-
 # ---- search
 
 
@@ -726,6 +712,17 @@ def swept(bank, squad_files, tmp_path_factory):
     """A sensitivity record of the bank."""
     folder = tmp_path_factory.mktemp("swept")
     argv = ["x.py", "--model_name_or_path", bank, "--validation_file", squad_files[1], *COMMON, *SWEEP]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*argv, "--num_gradient_batches", "0", "--output_dir", str(folder)])
+        sensitivity.main()
+    return str(folder / "sensitivity.json")
+
+
+@pytest.fixture(scope="session")
+def swept_operands(bank, squad_files, tmp_path_factory):
+    """A sensitivity record of the bank, of single operands."""
+    folder = tmp_path_factory.mktemp("swept_operands")
+    argv = ["x.py", "--model_name_or_path", bank, "--validation_file", squad_files[1], *COMMON, *OPERANDS]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [*argv, "--num_gradient_batches", "0", "--output_dir", str(folder)])
         sensitivity.main()
@@ -747,11 +744,19 @@ def test_search_writes_and_evaluates_an_assignment_within_the_budget(run, figure
     predictions = count(run_qa_eval.QuestionAnsweringTrainer, "predict_texts")
     out = run(search, *flags)
     rows, record = rows_of(out), read(out / "record.json")
-    assert list(rows)[:3] == ["W8A8KV8", "W4A4KV4", "found"] and len(rows) == 2 + 3 * (1 + 3)
+    assert list(rows)[:4] == ["W8A8KV8", "W4A4KV4", "found", "first_last"] and list(rows)[-1] == "hybrid"
+    assert len(rows) == 2 + 3 * (1 + 1 + 3) + 1
     for name, report in record["search"].items():
         (value,) = report["budget"].values()
-        for config in [name, *(f"{name.replace('found', 'random')}_{index}" for index in range(3))]:
+        randoms = [f"{name.replace('found', 'random')}_{index}" for index in range(3)]
+        for config in [name, name.replace("found", "first_last"), *randoms]:
             assert rows[config]["average_w_bits"] <= value + 1e-9
+        for metric in ("exact_match", "f1"):
+            gains = [rows[name][metric] - rows[config][metric] for config in randoms]
+            counts = report["random"][metric]
+            assert counts["found_better"] == sum(gain > 0 for gain in gains)
+            assert counts["equal"] == sum(gain == 0 for gain in gains)
+            assert counts["found_minus_mean"] == pytest.approx(np.mean(gains))
         assert report["subset_kl"] <= report["subset_kl_before"] and report["random"]["number"] == 3
     written = read(tmp_path / "a.json")
     assert len(written) == 9 and "average_bits <= 6.4" in written["description"]
@@ -760,7 +765,10 @@ def test_search_writes_and_evaluates_an_assignment_within_the_budget(run, figure
     assert (out / "found_6.67.json").is_file() and (out / "pareto.png").is_file()
     groups = read(out / "pareto.json")["groups"]
     drawn = {line.get_label(): line.get_xydata().tolist() for line in figures["pareto"].axes[0].lines}
-    for name, label in {"found": "found", "uniform": "uniform width", "random": "random, same budget"}.items():
+    groups["hybrid"] = ["hybrid"]
+    labels = {"found": "found", "uniform": "uniform width", "random": "random, same budget"}
+    labels |= {"first_last": "first and last blocks high", "hybrid": "published hybrid"}
+    for name, label in labels.items():
         points = [[rows[config]["average_w_bits"], rows[config]["exact_match"]] for config in groups[name]]
         assert sorted(drawn[label]) == sorted(points)
     assert groups["found"] == ["found", "found_5.33", "found_6.67"] and len(groups["random"]) == 9
@@ -774,10 +782,57 @@ def test_search_with_three_options_per_linear_by_loss_on_training_data(run, swep
     flags += f" --max_refine_samples 5 --measure_split train --train_file {squad_files[0]} --max_train_samples 16"
     out = run(search, "--sensitivity_file", swept, *flags.split())
     rows = rows_of(out)
-    assert set(rows) == {"W8A8KV8", "W4A4KV4", "W4A8KV8", "found"} and rows["found"]["relative_bitops"] <= 0.45
+    assert (
+        set(rows) == {"W8A8KV8", "W4A4KV4", "W4A8KV8", "found", "first_last", "hybrid"}
+        and rows["found"]["relative_bitops"] <= 0.45
+    )
     assert read(out / "record.json")["search"]["found"]["measured"] == 4
     found = rows_of(run(search, "--sensitivity_file", swept, "--weight_mb", "0.08", "--refine_rounds", "0", out="mb"))
     assert found["found"]["weight_mb"] <= 0.08
+
+
+def test_search_chooses_the_bits_of_every_operand_under_budgets_of_each(run, swept_operands, bank, capsys):
+    limits = {"average_bits": 6.4, "average_a_bits": 5.5, "average_kv_bits": 6}
+    flags = [f"--{kind}={value}" for kind, value in limits.items()]
+    flags += ["--num_random", "3", "--pareto", "--pareto_points", "3", "--refine_rounds", "1"]
+    out = run(search, "--sensitivity_file", swept_operands, *flags)
+    rows, record, printed = rows_of(out), read(out / "record.json"), capsys.readouterr().out
+    assert record["search"]["found"]["budget"] == limits and record["bit_config"]["quantizer"] == "minmax"
+    grid = {"average_bits": 6, "average_a_bits": 5.5, "average_kv_bits": 6}
+    assert list(record["search"]) == ["found", "found_6.00"] and record["search"]["found_6.00"]["budget"] == grid
+    for name, budget in (("", limits), ("_6.00", grid)):
+        found = record["search"][f"found{name}"]["average_bits"]
+        for config in (f"found{name}", f"first_last{name}", *(f"random{name}_{index}" for index in range(3))):
+            for kind, limit in budget.items():
+                key = kind if kind != "average_bits" else "average_w_bits"
+                assert rows[config][key] <= limit + 1e-9, (config, kind)
+                assert not config.startswith("random") or rows[config][key] <= found[key] + 1e-9
+    layers = record["bit_config"]["layers"]["found"]
+    assert any(bits["w_bits"] != bits["a_bits"] for bits in layers.values()), "chosen separately"
+    model = QuantGPT2ForQuestionAnswering.from_pretrained(bank)
+    assert model.set_bit_config(str(out / "assignment.json")) == layers
+    assert "average_bits <= 6.4 and average_a_bits <= 5.5" in read(out / "assignment.json")["description"]
+    assert "found: average bits W " in printed and "EM: better than " in printed and "; F1: better than " in printed
+
+
+def test_search_of_single_operands_under_bitops_only(run, swept_operands):
+    flags = ("--bitops", "0.45", "--refine_rounds", "0", "--num_random", "1")
+    out = run(search, "--sensitivity_file", swept_operands, *flags)
+    rows, layers = rows_of(out), read(out / "record.json")["bit_config"]["layers"]["found"]
+    for name in ("found", "first_last", "random_0"):
+        assert rows[name]["relative_bitops"] <= 0.45 and rows[name]["average_kv_bits"] == 8
+    assert any(bits["w_bits"] != bits["a_bits"] for bits in layers.values()), "chosen separately"
+
+
+def test_refused_is_a_budget_of_an_operand_or_a_quantizer_that_was_not_swept(
+    run, swept, swept_operands, squad_files, tmp_path
+):
+    with pytest.raises(ValueError, match="--average_a_bits 6: .*flips of together,.*--operands w a kv"):
+        run(search, "--sensitivity_file", swept, "--average_bits", "6", "--average_a_bits", "6")
+    rotated = ("--quantizer", "rotated", "--train_file", squad_files[0], "--calibration_samples", "4")
+    with pytest.raises(ValueError, match="swept with --quantizer minmax, this search has rotated"):
+        run(search, "--sensitivity_file", swept_operands, "--average_bits", "6", *rotated)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -818,13 +873,14 @@ def test_sensitivity_file_of_another_checkpoint_or_kind_is_refused(run, swept, t
 def test_byte_order_mark_of_a_sensitivity_file_and_names_of_the_search(run, swept, tmp_path):
     content = json.loads(pathlib.Path(swept).read_text())
     (tmp_path / "marked.json").write_text(json.dumps(content), encoding="utf-8-sig")
-    assert assignment.read_sensitivity(tmp_path / "marked.json") == {
+    assert problem.read_sensitivity(tmp_path / "marked.json") == {
         key: value for key, value in content.items() if key != "sha256"
     }
     low = content["identity"]["low_bits"]
     name = next(iter(low))
     content["identity"]["low_bits"] = {"found" if key == name else key: bits for key, bits in low.items()}
-    content["flips"] = {key.replace(f"{name}: ", "found: "): flip for key, flip in content["flips"].items()}
+    for flip in content["flips"].values():
+        flip["low_bits"] = "found" if flip["low_bits"] == name else flip["low_bits"]
     del content["sha256"]
     write_state(tmp_path / "named.json", content)
     with pytest.raises(ValueError, match="found is what the search calls its own"):

@@ -20,8 +20,8 @@ NAME_MAX = 255  # bytes of a file's name, on all common file systems
 POSITIVE = (
     "max_seq_length n_best_size max_answer_length max_train_samples max_eval_samples max_predict_samples lora_r "
     "lora_alpha preprocessing_num_workers per_device_train_batch_size per_device_eval_batch_size num_train_epochs "
-    "gradient_accumulation_steps eval_accumulation_steps average_bits weight_mb bitops chunk_batches range_test_steps "
-    "calibration_samples"
+    "gradient_accumulation_steps eval_accumulation_steps average_bits weight_mb bitops average_a_bits average_kv_bits "
+    "chunk_batches range_test_steps calibration_samples"
 ).split()
 NOT_NEGATIVE = (
     "doc_stride num_bootstrap num_gradient_batches num_random refine_rounds learning_rate weight_decay max_grad_norm "

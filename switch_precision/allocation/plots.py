@@ -8,12 +8,13 @@ import numpy as np
 from matplotlib.colors import LogNorm
 
 from allocation.block_reuse import block_of
+from allocation.flips import TYPES, title
 from common.record import atomic_path
 
-TYPES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 PANELS = (("exact_match_drop", "EM drop (points)", "{:.1f}"), ("kl", "KL (nats)", "{:.1e}"))
 STYLES = {
     "random": {"label": "random, same budget", "marker": ".", "color": "0.6", "linestyle": ""},
+    "first_last": {"label": "first and last blocks high", "marker": "^", "color": "C2", "linestyle": ""},
     "uniform": {"label": "uniform width", "marker": "s", "color": "C1", "linestyle": "--"},
     "found": {"label": "found", "marker": "o", "color": "C0", "linestyle": "-"},
     "hybrid": {"label": "published hybrid", "marker": "*", "color": "C3", "linestyle": "", "markersize": 12},
@@ -28,21 +29,23 @@ def save(figure, path):
 
 
 def draw_heat_map(flips, path, caption):
-    """Blocks by layer types, EM drop and KL side by side, one row of panels per low width.
+    """Blocks by layer types, EM drop and KL side by side, one row of panels per low width and operand.
 
-    Args: flips: {key: {"kind", "low_bits", "name", "exact_match_drop", "kl"}}. path: of the PNG. caption: its title.
+    Args: flips: of `make_flips`, with "exact_match_drop" and "kl". path: of the PNG. caption: its title.
     """
     layers = [flip for flip in flips.values() if flip["kind"] == "layer"]
-    lows, blocks = list(dict.fromkeys(f["low_bits"] for f in layers)), 1 + max(block_of(f["name"]) for f in layers)
-    size = (11, 1.6 + len(lows) * (1.2 + 0.36 * blocks))
-    figure, grid = plt.subplots(len(lows), 2, figsize=size, squeeze=False, layout="constrained")
-    for low, row in zip(lows, grid, strict=True):
-        for axes, (measure, title, form) in zip(row, PANELS, strict=True):
+    maps = {}
+    for flip in layers:
+        maps.setdefault(title(flip["low_bits"], flip["operand"]), []).append(flip)
+    blocks = 1 + max(block_of(flip["name"]) for flip in layers)
+    size = (11, 1.6 + len(maps) * (1.2 + 0.36 * blocks))
+    figure, grid = plt.subplots(len(maps), 2, figsize=size, squeeze=False, layout="constrained")
+    for (name, members), row in zip(maps.items(), grid, strict=True):
+        for axes, (measure, words, form) in zip(row, PANELS, strict=True):
             values = np.full((blocks, len(TYPES)), np.nan)
-            for flip in layers:
-                if flip["low_bits"] == low:
-                    kind = next(index for index, name in enumerate(TYPES) if flip["name"].endswith(name))
-                    values[block_of(flip["name"]), kind] = flip[measure]
+            for flip in members:
+                kind = next(index for index, kind in enumerate(TYPES) if flip["name"].endswith(kind))
+                values[block_of(flip["name"]), kind] = flip[measure]
             if measure == "exact_match_drop":  # zero is white: red loses, blue gains
                 bound = np.nanmax(np.abs(values)) or 1.0
                 image = axes.imshow(values, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
@@ -51,12 +54,13 @@ def draw_heat_map(flips, path, caption):
                 scale = LogNorm() if np.nanmin(values) > 0 else None
                 image = axes.imshow(values, cmap="viridis_r", norm=scale, aspect="auto")
                 dark = image.norm(values) > 0.5
-            for (block, kind), value in np.ndenumerate(values):
+            for block, kind in np.argwhere(~np.isnan(values)):  # K/V belong to one of the types
                 color = "white" if dark[block, kind] else "black"
-                axes.text(kind, block, form.format(value), ha="center", va="center", color=color, fontsize=8)
+                shown = form.format(values[block, kind])
+                axes.text(kind, block, shown, ha="center", va="center", color=color, fontsize=8)
             axes.set_xticks(range(len(TYPES)), TYPES)
             axes.set_yticks(range(blocks))
-            axes.set(ylabel="block", title=f"{title}, one linear at {low}")
+            axes.set(ylabel="block", title=f"{words}, one linear at {name}")
             figure.colorbar(image, ax=axes)
     figure.suptitle(caption, fontsize=10)
     save(figure, path)
@@ -65,8 +69,8 @@ def draw_heat_map(flips, path, caption):
 def draw_pareto(rows, groups, path, caption):
     """EM with intervals against average bits.
 
-    Args: rows: of the evaluation table. groups: {"found" | "uniform" | "random": config names}; a row that is in
-    none is the hybrid. path: of the PNG. caption: its title.
+    Args: rows: of the evaluation table. groups: {key of STYLES: config names}; a row that is in none is the hybrid.
+    path: of the PNG. caption: its title.
     """
     grouped = {name for names in groups.values() for name in names}
     groups = groups | {"hybrid": [row["config"] for row in rows if row["config"] not in grouped]}
