@@ -296,8 +296,7 @@ def test_random_assignments_use_what_the_found_one_uses(budget):
     used, drawn = assignment.total(table, choice), [baselines.random_like(choice, table, rng) for _ in range(20)]
     assert len({choice, *drawn}) == 21
     for other in drawn:
-        assert (assignment.total(table, other) <= used).all()
-        assert (assignment.total(table, other) >= 0.99 * used).all()
+        assert assignment.total(table, other).tolist() == used.tolist()
         for layer, bits in problem.resolved(other).items():
             for field in bits:  # what no budget limits stays at the reference
                 limited = {"w_bits": "average_bits", "a_bits": "average_a_bits", "kv_bits": "average_kv_bits"}[field]
