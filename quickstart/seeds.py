@@ -22,29 +22,22 @@ FLOAT, EIGHT, FOUR = "W32A32KV32", "W8A8KV8", "W4A4KV4"
 METHODS = {
     "ptq_minmax": "LoRA in float32, then MinMax",
     "ptq_rotated": "LoRA in float32, then rotated",
-    "static_minmax": "trained at 4 bits, MinMax",
     "static_rotated": "trained at 4 bits, rotated",
-    "sequential": "sequential (published), MinMax",
     "joint": "joint, rotated, 4 bits join late",
-    "mixed": "the same, with a mixed assignment",
 }
 FACTORS, ALL_FACTORS = ("30", "1"), ("30", "10", "3", "1")  # over all seeds; post-training quantization of one seed
-RECIPES = {
-    "trail_c0": "both widths from the start",
-    "trail_c6": "4 bits join after 60 %",
-    "trail_c8": "4 bits join after 80 %",
-    "trail_linear": "4 bits join after 80 %, linear schedule",
-    "joint": "4 bits join after 90 % (train.sh)",
-    "trail_nokl": "4 bits join after 90 %, no distillation",
-    "mixed": "4 bits join after 90 %, with a mixed assignment a step",
-}
-PAIRS = (("joint", "ptq_rotated"), ("joint", "static_rotated"), ("joint", "sequential"), ("joint", "mixed"))
+PAIRS = (("joint", "ptq_rotated"), ("joint", "static_rotated"))
 
 
 def load(path):
     if not path.exists():
         raise SystemExit(f"error: {path} is not there: let quickstart/seeds.sh finish, and pass the seeds that it ran")
     return json.loads(path.read_text(encoding="utf-8-sig"))
+
+
+def methods_of(factor):
+    """The methods that seeds.sh ran on the stand-in of this factor."""
+    return [method for method in METHODS if factor == FACTORS[0] or method != "static_rotated"]
 
 
 def spread(values):
@@ -88,16 +81,9 @@ def summarize(folder, seeds):
     for factor in ALL_FACTORS:
         outliers[factor], found = outliers_of(folder, factor, seeds[0])
         sources |= found
-    recipes = {}
-    for method in RECIPES:
-        scores, _, record, training = scores_of(folder, method, f"30_{seeds[0]}")
-        recipes[method] = {"steps": training["steps"], "passes": training["passes"], EIGHT: scores[EIGHT]}
-        recipes[method][FOUR] = scores[FOUR]
-        sources[f"recipe {method}"] = {"command": record["command"], "git": record["git"]}
-        sources[f"training of recipe {method}"] = {"command": training["command"], "git": training["git"]}
     for factor in FACTORS:
         rows[factor] = {}
-        for method in METHODS:
+        for method in methods_of(factor):
             found, floors = {}, {}
             for seed in seeds:
                 scores, floor, record, training = scores_of(folder, method, f"{factor}_{seed}")
@@ -113,15 +99,13 @@ def summarize(folder, seeds):
             rows[factor][method] = {config: spread(values) for config, values in found.items()}
             for config, values in floors.items():
                 rows[factor][method][config]["noise_floor"] = [max(column) for column in zip(*values)]
-        for method in ("joint", "mixed"):
-            for seed in seeds:
-                record = load(folder / f"search_{method}_{factor}_{seed}.json")
-                name = next(name for name in record["search"])
-                row = next(row for row in record["rows"] if row["config"] == name)
-                key = f"{method}, factor {factor}, seed {seed}"
-                searches[key] = {"average_w_bits": row["average_w_bits"], "found": row["exact_match"]}
-                searches[key] |= record["search"][name]["random"]
-                sources[f"search_{key}"] = {"command": record["command"], "git": record["git"]}
+    for seed in seeds:
+        record = load(folder / f"search_joint_{FACTORS[0]}_{seed}.json")
+        (name,) = record["search"]
+        row = next(row for row in record["rows"] if row["config"] == name)
+        searches[seed] = {"average_w_bits": row["average_w_bits"], "found": row["exact_match"]}
+        searches[seed] |= record["search"][name]["random"]
+        sources[f"search of seed {seed}"] = {"command": record["command"], "git": record["git"]}
     return run_record(
         model="tiny GPT-2 of quickstart/make_model.py",
         bit_config=None,
@@ -137,7 +121,6 @@ def summarize(folder, seeds):
         notice=NOTICE,
         seeds=seeds,
         outliers=outliers,
-        recipes=recipes,
         steps=steps,
         methods=rows,
         searches=searches,
@@ -166,11 +149,12 @@ def post_training_table(summary, factor):
 def training_table(summary, factor):
     """Markdown: the trainings at both widths, and paired differences."""
     found, rows = summary["methods"][factor], []
-    for method, label in METHODS.items():
+    for method in methods_of(factor):
+        label = METHODS[method]
         steps, passes = summary["steps"][method]
         rows.append([label, str(steps), str(passes)])
         rows[-1] += [cell(found[method][config]) if config in found[method] else "-" for config in (EIGHT, FOUR)]
-    for first, second in PAIRS:
+    for first, second in [pair for pair in PAIRS if set(pair) <= set(methods_of(factor))]:
         pairs = [
             paired_difference(found[first][config]["values"], found[second][config]["values"])
             if config in found[second]
@@ -192,15 +176,6 @@ def outlier_table(summary):
     return markdown(header, rows)
 
 
-def recipe_table(summary):
-    """Markdown: ways to train jointly, one seed."""
-    rows = [
-        [RECIPES[name], str(row["steps"]), str(row["passes"]), *(f"{row[config]:.1f}" for config in (EIGHT, FOUR))]
-        for name, row in summary["recipes"].items()
-    ]
-    return markdown(["factor 30, one seed", "steps", "passes", "EM at 8", "EM at 4"], rows)
-
-
 def search_table(summary):
     """Markdown: found assignments against random ones of their budget."""
     rows = []
@@ -208,7 +183,7 @@ def search_table(summary):
         random = f"{row['mean_exact_match']:.1f} ({row['std_exact_match']:.1f})"
         better = f"{row['better_than_found']} of {row['number']}"
         rows.append([name, f"{row['average_w_bits']:.2f}", f"{row['found']:.1f}", random, better])
-    return markdown(["", "average bits", "found, EM", "random, mean EM (s.d.)", "random better"], rows)
+    return markdown(["seed", "average bits", "found, EM", "random, mean EM (s.d.)", "random better"], rows)
 
 
 def main():
@@ -226,7 +201,6 @@ def main():
     tables = {"post-training": post_training_table, "seeds": training_table}
     texts = {name: "\n\n".join(make(summary, f) for f in FACTORS) for name, make in tables.items()}
     texts["outliers"] = outlier_table(summary)
-    texts["recipe"] = recipe_table(summary)
     texts["search"] = search_table(summary)
     write_into(args.pages, texts)
     print(summary["notice"], *texts.values(), sep="\n\n")

@@ -2,12 +2,11 @@
 # What the conclusions rest on, over seeds, on the tiny stand-in with outlier channels (factor 30) and without (1):
 # post-training quantization by both quantizers, training at 4 bits, joint training, bits found by search.
 # Needs what `bash quickstart/run.sh` made.
-#   bash quickstart/seeds.sh           about 4 hours on one thread; finished runs are not repeated
-# Every training has 1200 forward passes, teachers included:
-#   lora: float32, 1200 steps; quantized afterwards by either quantizer.    static: at 4 bits, 1200 steps.
-#   joint: train.sh as it stands, 8 bits alone, 4 bits joins late; 1091 steps.    mixed: the same with a random
-#   per-layer assignment beside it; 1000 steps.    sequential: the published procedure, MinMax; 800 steps.
-# Of the first seed alone: other recipes of joint training, and post-training quantization at factors 10 and 3.
+#   bash quickstart/seeds.sh           about 2 hours on one thread; finished runs are not repeated
+# Every training has 1200 forward passes:
+#   lora: float32, 1200 steps; quantized afterwards by either quantizer.    static: at 4 bits, rotated, 1200 steps.
+#   joint: train.sh as it stands, 8 bits alone, 4 bits joins late; 1091 steps.
+# Factors 10 and 3: post-training quantization of the first seed.
 # Environment: VENV PYTHON (see tests/make_venv.sh), WORK (default quickstart/work), SEEDS (default "42 43 44")
 set -euo pipefail
 root="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -62,31 +61,14 @@ post_training() { # post_training FACTOR SEED: sets model and at
 for seed in "${seeds[@]}"; do
     for factor in 30 1; do
         post_training "$factor" "$seed"
-        for quantizer in minmax rotated; do
-            run "static_${quantizer}_$at" base_model/train.sh "$model" --seed "$seed" "${training[@]}" \
-                --max_steps 1200 --bit_widths 4 --quantizer "$quantizer"
-        done
-        switch=(switch_precision/train.sh "$model" --seed "$seed" "${training[@]}" --bit_widths 4 8)
-        run "joint_$at" "${switch[@]}" --max_steps 1091
-        run "mixed_$at" "${switch[@]}" --max_steps 1000 --num_mixed_configs 1
-        run "sequential_$at" "${switch[@]}" --max_steps 800 --objective sequential --distill_weight 1
-        for name in joint mixed sequential; do
-            scores "eval_${name}_$at" "$work/runs/seeds/${name}_$at" --bit_configs 8 4
-        done
-        search "joint_$at"
-        search "mixed_$at"
+        run "joint_$at" switch_precision/train.sh "$model" --seed "$seed" "${training[@]}" --bit_widths 4 8 --max_steps 1091
+        scores "eval_joint_$at" "$work/runs/seeds/joint_$at" --bit_configs 8 4
+        if [[ "$factor" == 30 ]]; then
+            run "static_rotated_$at" base_model/train.sh "$model" --seed "$seed" "${training[@]}" --max_steps 1200 \
+                --bit_widths 4 --quantizer rotated
+            search "joint_$at"
+        fi
     done
 done
-recipe() { # recipe NAME FLAGS...: another way to train jointly, of the first seed
-    local name="trail_${1}_30_${seeds[0]}"
-    shift
-    run "$name" switch_precision/train.sh "$work/model" --seed "${seeds[0]}" "${training[@]}" --bit_widths 4 8 "$@"
-    scores "eval_$name" "$work/runs/seeds/$name" --bit_configs 8 4
-}
-recipe c0 --max_steps 600 --curriculum 0
-recipe c6 --max_steps 857 --curriculum 0.6
-recipe c8 --max_steps 1000 --curriculum 0.8
-recipe linear --max_steps 1000 --curriculum 0.8 --lr_scheduler_type linear
-recipe nokl --max_steps 1091 --distill_loss none
 for factor in 10 3; do post_training "$factor" "${seeds[0]}"; done
 python3 quickstart/seeds.py --records "$work/seeds" --seeds "${seeds[@]}" --output "$work/seeds.json"

@@ -134,7 +134,7 @@ GPU = ["gpu_bench_forward.json", "gpu_bench_step.json", "gpu_bench_step_joint.js
 )
 def test_other_tables_come_from_their_records(script, flag, records, page, name, tmp_path):
     (text,) = made_anew(script, [flag, *(ROOT / "results" / record for record in records)], [page], tmp_path)
-    assert f"<!-- {name} table: begin -->\n|" in text or "<!-- seeds table: begin -->\nTiny" in text
+    assert f"<!-- {name} table: begin -->\n|" in text
     assert text == (ROOT / page).read_text(), "quickstart/README.md says how"
 
 
@@ -152,30 +152,38 @@ def test_report_without_records_is_one_clear_error(tmp_path):
 
 def test_the_seeds_record_says_how_it_was_made(tmp_path):
     base = {"command": "python x.py", "git": {"commit": "1"}, "steps": 3, "data": {}}
-    scores = {f"eval_exact_match_{bits}": 50.0 for bits in ("W8A8KV8", "W4A4KV4")} | {"eval_exact_match": 40.0}
-    names = ["joint", "uniform", "sequential_steps", "sequential_passes", "lora", "ptq_W8A8KV8", "ptq_W4A4KV4"]
-    records = {name: base | {"metrics": scores} for name in names}
+    with experiment("quickstart"):
+        import seeds
+    floor = {"exact_match": [49.0, 51.0], "changed": 0.1, "variants": {}}
+    configs = [seeds.FLOAT, *seeds.OPERANDS]
+    rows = [{"config": config, "exact_match": 50.0, "noise_floor": floor} for config in configs]
+    scored = base | {"rows": rows, "metrics": {}, "outliers": {"transformer.h.0.mlp.c_fc": 3.0}}
+    names = ["ptq_minmax", "ptq_rotated", "floor_minmax", "floor_rotated", "eval_joint"]
+    records = {f"{name}_{factor}": scored for name in names for factor in seeds.ALL_FACTORS}
+    trained = base | {"metrics": {"eval_exact_match": 40.0}}
+    records |= {f"{name}_{factor}": trained for name in ("lora", "joint") for factor in seeds.ALL_FACTORS}
     random = {"mean_exact_match": 1.0, "std_exact_match": 1.0, "better_than_found": 0, "number": 1}
     row = {"config": "found", "average_w_bits": 6.0, "exact_match": 50.0}
-    records["search"] = base | {"rows": [row], "search": {"found": {"random": random}}}
+    found = base | {"rows": [row], "search": {"found": {"random": random}}}
+    records |= {"static_rotated_30": trained, "search_joint_30": found}
     for name, record in records.items():
         (tmp_path / f"{name}_7.json").write_text(json.dumps(record))
     done = run("seeds.py", "--records", tmp_path, "--seeds", 7, "--output", tmp_path / "seeds.json")
     assert done.returncode == 0, done.stderr
     made = json.loads((tmp_path / "seeds.json").read_text())
     assert "seeds.py --records" in made["command"] and made["git"]["commit"] and made["versions"]["torch"]
-    assert made["methods"]["ptq"]["W8A8KV8"]["mean"] == 40 and made["records"]["joint_7"]["command"] == "python x.py"
+    methods = made["methods"]["30"]
+    assert methods["static_rotated"]["W4A4KV4"]["mean"] == 40 and methods["joint"]["W8A8KV8"]["mean"] == 50
+    assert methods["joint"]["W8A8KV8"]["noise_floor"] == [2, 0.1]
+    assert made["records"]["joint_30_7"]["command"] == "python x.py"
     again = run("seeds.py", "--summary", tmp_path / "seeds.json")
     assert again.returncode == 0 and again.stdout in done.stdout
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("*.json")), ids=lambda path: path.name)
 def test_records_say_how_they_were_made(path):
-    """A summary of several runs says it of each of them."""
     record = json.loads(path.read_text())
-    for one in [record] if "command" in record else record["records"].values():
-        assert one["command"] and one["git"]["commit"]
-    assert "command" not in record or record["versions"]
+    assert record["command"] and record["git"]["commit"] and record["versions"]
 
 
 ABSOLUTE = re.compile(r"""(?:(?<![\w.:/)\]-])/(?=[\w.])|file://|\b[A-Z]:\\\\)[^"]*""")
