@@ -48,7 +48,7 @@ class PretrainedMixin:
             with no_init_weights():
                 model = cls(QuantGPT2Config(**fields, **attention))
             if fields.get("quantizer") == "rotated":
-                model.set_rotations({name: state.pop(name + ROTATION) for name in model.quant_layers()})
+                model.set_rotations({name: state[name + ROTATION] for name in model.quant_layers()})
         except (ValueError, ImportError) as error:  # bits without an adapter or codes, an attention that is not there
             raise UserError(f"{checkpoint.path}: {error}") from None
         if fields.get("exported_widths"):
