@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from common.arguments import ModelArguments
+from common.checksums import model_checksum
 from common.loading import load_tokenizer, open_model
 from models.errors import UserError
 from models.exported import save_exported, served_widths
@@ -576,3 +577,225 @@ def test_classes_of_the_data_override_those_of_the_config(copies):
     assert again.config.num_labels == 4
     with pytest.raises(UserError, match="do not fit"):
         QuantGPT2ForSequenceClassification.from_pretrained(copies["full"], num_labels=3)
+
+
+# ---- the rotated quantizer
+
+ROTATED = KINDS[1:]
+ROTATION = f"{C_FC}.rotation"
+
+
+def random_rotations(model, seed=0):
+    """{linear: d} of random signs and scales."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = {name: torch.randn(n, generator=generator) for name, (_, n) in model.layer_shapes().items()}
+    return {name: row.sign() * torch.exp(row.clamp(-1, 1)) for name, row in rows.items()}
+
+
+@pytest.fixture(scope="module")
+def rotated_originals(pristine, tmp_path_factory):
+    """{kind: (folder, logits at 8 bits, at 4 bits, at 32 bits or None)} of our three kinds, rotated."""
+    root = tmp_path_factory.mktemp("rotated")
+    expected = {}
+    for kind in ROTATED:
+        model = opened(pristine["adapters" if kind != "full" else "full"])
+        model.set_rotations(random_rotations(model))
+        if kind == "exported":
+            configs = [model.set_bit_config(8), model.set_bit_config(4)]
+            save_exported(model, root / kind, served_widths(configs), configs[0])
+        else:
+            model.set_bit_config(8)
+            model.save_pretrained(root / kind)
+        expected[kind] = [logits_at(model, bits) for bits in ((8, 4, 32) if kind == "full" else (8, 4))]
+    return root, expected
+
+
+@pytest.fixture
+def rotated(rotated_originals, tmp_path):
+    """{kind: folder} of the test's own."""
+    for kind in ROTATED:
+        shutil.copytree(rotated_originals[0] / kind, tmp_path / f"rotated-{kind}")
+    return {kind: tmp_path / f"rotated-{kind}" for kind in ROTATED}
+
+
+def logits_at(model, bits):
+    with model.at_bits(bits):
+        return logits(model)
+
+
+@pytest.mark.parametrize("kind", ROTATED)
+def test_d_comes_back(kind, rotated, rotated_originals, pristine):
+    model = opened(rotated[kind])
+    assert model.config.quantizer == "rotated"
+    wanted = random_rotations(model)
+    assert all(torch.equal(d, wanted[name]) and d.dtype == torch.float32 for name, d in model.rotations().items())
+    assert {name for name in load_file(rotated[kind] / "model.safetensors") if name.endswith(".rotation")} == {
+        f"{name}.rotation" for name in wanted
+    }
+    for bits, expected in zip((8, 4, 32), rotated_originals[1][kind], strict=False):
+        assert torch.equal(logits_at(model, bits), expected)
+    assert not torch.equal(rotated_originals[1][kind][0], logits_at(opened(pristine[kind]), 8))
+    again = opened(rotated[kind], dtype="bfloat16")
+    assert again.dtype == torch.bfloat16 and all(torch.equal(d, wanted[name]) for name, d in again.rotations().items())
+    logits(again)
+
+
+def test_saved_again_it_is_the_same(rotated, rotated_originals, tmp_path):
+    for kind in ("full", "adapters"):
+        model = opened(rotated[kind])
+        logits(model)
+        model.save_pretrained(tmp_path / kind)
+        assert torch.equal(logits_at(opened(tmp_path / kind), 4), rotated_originals[1][kind][1])
+        model.set_rotations(None)
+        model.save_pretrained(tmp_path / kind)
+        found = opened(tmp_path / kind)
+        assert found.config.quantizer == "minmax" and found.rotations() is None
+        assert not [name for name in load_file(tmp_path / kind / "model.safetensors") if "rotation" in name]
+
+
+def test_an_exported_rotated_folder_runs_on_integers(rotated, rotated_originals):
+    model = opened(rotated["exported"])
+    model.set_execution("integer")
+    expected = rotated_originals[1]["exported"][0]
+    assert (logits_at(model, 8) - expected).abs().median() < 1e-3 * expected.std()
+    for asked in (None, random_rotations(model, seed=1)):
+        with pytest.raises(UserError, match="of one quantizer"):
+            model.set_rotations(asked)
+    assert (logits_at(model, 8) - expected).abs().median() < 1e-3 * expected.std()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (with_value(0.0), "has entries that are 0 or not finite"),
+        (with_value(math.nan), "has entries that are 0 or not finite"),
+        (with_value(-math.inf), "has entries that are 0 or not finite"),
+        (lambda t: t[:-1], "is float32 (63,): allowed is float32 (64,)"),
+        (lambda t: t[None], "is float32 (1, 64): allowed is float32 (64,)"),
+        (lambda t: t.new_zeros(0), "is float32 (0,): allowed is float32 (64,)"),
+        (lambda t: t.half(), "is float16 (64,): allowed is float32 (64,)"),
+        (lambda t: t.double(), "is float64 (64,): allowed is float32 (64,)"),
+        (lambda t: t.to(torch.int64), "is int64 (64,): allowed is float32 (64,)"),
+    ],
+)
+@pytest.mark.parametrize("kind", ROTATED)
+def test_a_faulty_d_is_one_error(kind, change, told, rotated):
+    rewrite(rotated[kind], **{ROTATION: change})
+    path = rotated[kind] / "model.safetensors"
+    assert opens_or_user_error(rotated[kind]) == f'{path}: "{ROTATION}" {told}'
+
+
+@pytest.mark.parametrize("kind", ROTATED)
+def test_d_and_the_quantizer_go_together(kind, rotated):
+    path = rotated[kind] / "model.safetensors"
+    before = (rotated[kind] / "config.json").read_text()
+    for value in ("minmax", ...):
+        edit(rotated[kind], quantizer=value)
+        lines = opens_or_user_error(rotated[kind]).splitlines()
+        assert len(lines) == 8 and f'{path}: "{ROTATION}" is there, but "quantizer" is "minmax"' in lines
+    (rotated[kind] / "config.json").write_text(before)
+    save_file({name: t for name, t in load_file(path).items() if name != ROTATION}, path)
+    edit(rotated[kind], weights_sha256=...)
+    assert opens_or_user_error(rotated[kind]) == f'{path}: "{ROTATION}" is missing, but "quantizer" is "rotated"'
+
+
+@pytest.mark.parametrize("kind", ROTATED)
+def test_a_faulty_quantizer_is_one_error(kind, rotated, copies):
+    for folder in (rotated[kind], copies[kind]):
+        for value in [*HOSTILE, "Rotated", "minmax "]:
+            edit(folder, quantizer=value)
+            if value is not None and value != value:  # NaN: no JSON
+                assert "not valid JSON" in opens_or_user_error(folder)
+                edit_text(folder, "NaN", '"minmax"')
+                continue
+            message = opens_or_user_error(folder)
+            assert message.startswith(f'{folder / "config.json"}: "quantizer" = ') and "\n" not in message
+            assert message.endswith('allowed is "minmax", "rotated"')
+
+
+def edit_text(folder, old, new):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize("kind", ROTATED)
+def test_a_minmax_checkpoint_that_says_rotated(kind, copies):
+    edit(copies[kind], quantizer="rotated")
+    lines = opens_or_user_error(copies[kind]).splitlines()
+    assert len(lines) == 8
+    assert f'"{ROTATION}" is missing, but "quantizer" is "rotated"' in lines[2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_older_checkpoints_without_the_key_open(kind, copies, pristine):
+    config = json.loads((pristine[kind] / "config.json").read_text())
+    edit(copies[kind], quantizer=...)
+    model = opened(copies[kind])
+    assert model.config.quantizer == "minmax" and model.rotations() is None
+    assert torch.equal(logits(model), logits(opened(pristine[kind]))), config
+
+
+def test_stock_weights_know_no_rotation(copies):
+    """A "quantizer" in a stock config.json is one of the keys that nobody reads."""
+    edit(copies["stock"], quantizer="rotated")
+    assert opened(copies["stock"]).config.quantizer == "minmax"
+    path = copies["stock"] / "model.safetensors"
+    save_file(load_file(path) | {ROTATION: torch.ones(64)}, path)
+    assert f'"{ROTATION}" is there, but "quantizer" is "minmax"' in opens_or_user_error(copies["stock"])
+
+
+@pytest.mark.parametrize(("n_embd", "n_head", "what"), [(24, 1, "this linear"), (96, 4, "the heads of K and V")])
+def test_rows_that_cannot_be_rotated_are_one_error(n_embd, n_head, what, tmp_path):
+    """Blocks of 8."""
+    sizes = {"n_layer": 1, "n_embd": n_embd, "n_head": n_head, "n_positions": 16, "vocab_size": 50}
+    model = QuantGPT2ForQuestionAnswering(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    linear = "transformer.h.0.attn.c_attn"
+    with pytest.raises(UserError, match=f"^{linear}: {what}: rows of 24 .* needs a multiple of 16$"):
+        model.set_rotations(random_rotations(model))
+    model.save_pretrained(tmp_path)
+    rotations = {f"{name}.rotation": d for name, d in random_rotations(model).items()}
+    save_file(load_file(tmp_path / "model.safetensors") | rotations, tmp_path / "model.safetensors")
+    edit(tmp_path, weights_sha256=..., quantizer="rotated")
+    message = opens_or_user_error(tmp_path)
+    assert message.startswith(f"{tmp_path / 'config.json'}: {linear}: {what}: rows of 24 have") and "16" in message
+    assert "\n" not in message
+
+
+def test_checksums_of_base_and_model(pristine):
+    """d is no base weight: adapters of another d have the same base. It is part of what answers depend on."""
+    model = opened(pristine["adapters"])
+    base, plain = model.base_checksum(), model_checksum(model)
+    found = []
+    for seed in (0, 1):
+        model.set_rotations(random_rotations(model, seed))
+        assert model.base_checksum() == base == model.config.base_checksum
+        found.append(model_checksum(model))
+    model.set_rotations(random_rotations(model, 0))
+    assert model_checksum(model) == found[0]
+    model.set_rotations(None)
+    assert model_checksum(model) == plain and len({plain, *found}) == 3
+
+
+def test_a_rotated_full_checkpoint_is_a_base(rotated, tmp_path):
+    """Its own d stays behind; that of the adapters counts."""
+    model = opened(rotated["full"])
+    model.add_lora([4, 8])
+    model.set_base(str(rotated["full"]))
+    model.set_rotations(random_rotations(model, seed=1))
+    model.save_pretrained(tmp_path / "own")
+    found = opened(tmp_path / "own")
+    assert torch.equal(logits_at(found, 4), logits_at(model, 4))
+    model.set_rotations(None)
+    model.save_pretrained(tmp_path / "own")
+    assert torch.equal(logits_at(opened(tmp_path / "own"), 4), logits_at(model, 4))
+
+
+def test_every_class_comes_back_rotated(pristine, tmp_path):
+    for kind in (QuantGPT2LMHeadModel, QuantGPT2ForSequenceClassification):
+        model = kind.from_pretrained(pristine["stock"])
+        model.set_rotations(random_rotations(model))
+        model.set_bit_config(4)
+        model.save_pretrained(tmp_path)
+        ids = torch.arange(12)[None]
+        with torch.no_grad():
+            assert torch.equal(kind.from_pretrained(tmp_path)(ids).logits, model.eval()(ids).logits)

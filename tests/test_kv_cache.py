@@ -12,15 +12,26 @@ from conftest import experiment
 with experiment("language_model"):
     from models.kv_cache import QuantizedKVCache, QuantizedKVLayer, cache_bytes, recover_codes
     from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering, QuantGPT2LMHeadModel
-    from models.quantization import dequantize, fake_quantize, quantize
+    from models.quantization import dequantize, fake_quantize, fake_quantize_kv_, head_values, quantize
+    from models.rotation import block_size, hadamard
 
 MIXED = {"default": 8, "transformer.h.1.*": {"w_bits": 4, "a_bits": 8}, "transformer.h.1.attn.c_attn": {"kv_bits": 3}}
 CONFIGS = [8, 4, "W8A8KV4", 32, "W32A32KV5", MIXED]
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model):
-    return QuantGPT2LMHeadModel.from_pretrained(tiny_model)
+def with_quantizer(model, quantizer):
+    """Rotated: by a d of signs and scales from 1/3 to 3."""
+    if quantizer == "rotated":
+        generator = torch.Generator().manual_seed(7)
+        shapes = {name: layer.in_features for name, layer in model.quant_layers().items()}
+        rows = {name: torch.randn(n, generator=generator) for name, n in shapes.items()}
+        model.set_rotations({name: row.sign() * torch.exp(row.clamp(-1, 1)) for name, row in rows.items()})
+    return model
+
+
+@pytest.fixture(scope="module", params=["minmax", "rotated"])
+def model(tiny_model, request):
+    return with_quantizer(QuantGPT2LMHeadModel.from_pretrained(tiny_model), request.param)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +84,68 @@ def test_codes_of_the_smallest_and_the_largest_rows():
             assert torch.equal(codes * scale, values)
 
 
+def quantized_heads(heads, bits):
+    """(values as c_attn hands them out, codes) of heads: (rows, n)."""
+    qkv = torch.cat([heads, heads, heads], 1)
+    values = fake_quantize_kv_(qkv.clone(), bits, heads.shape[1])[:, -heads.shape[1] :]
+    return values, quantize(hadamard(heads, block_size(heads.shape[1])), bits)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_rotated_codes_come_back_exactly(bits, dtype):
+    generator = torch.Generator().manual_seed(bits)
+    for n in (1, 2, 16, 48, 64, 80, 256):
+        x = random_rows(300, n, dtype, generator)
+        x[1::7] = 0
+        x[1::7, n // 2] = torch.randn(len(x[1::7]), generator=generator).to(dtype)  # one entry
+        x[2::7] = x[2::7, :1]  # all the same: one entry in the Hadamard basis
+        values, expected = quantized_heads(x, bits)
+        if dtype == torch.float16:
+            finite = values.isfinite().all(1)
+            values, expected = values[finite], expected[finite]
+        codes, scale = recover_codes(values, bits, rotated=True)
+        assert torch.equal(codes, expected)
+        assert torch.equal(head_values(codes, scale).to(dtype), values)
+        assert codes.dtype == torch.int8 and scale.dtype == torch.float32 and scale.shape == (len(values), 1)
+
+
+@pytest.mark.parametrize(("n", "heads"), [(16, 20_000), (64, 50_000), (80, 5_000)])
+def test_heads_that_bfloat16_moves_by_more_than_half_a_code(n, heads):
+    """One of ten thousand, of 8 bits; more where large codes abound (the second kind)."""
+    generator = torch.Generator().manual_seed(3)
+    for x in (torch.randn(heads, n, generator=generator), torch.rand(heads // 50, n, generator=generator) - 0.5):
+        x = x if len(x) == heads else hadamard(x, block_size(n))
+        values, expected = quantized_heads(x.bfloat16(), 8)
+        grid = hadamard(values, block_size(n))
+        assert ((grid / grid.abs().amax(1, keepdim=True) * 127).round() != expected).any(), "no such head is here"
+        codes, scale = recover_codes(values, 8, rotated=True)
+        assert torch.equal(head_values(codes, scale).bfloat16(), values)
+
+
+def test_rows_that_bfloat16_moves_by_half_a_code():
+    """The largest entry and another one, each by a quarter."""
+    codes = torch.arange(128, dtype=torch.int8)[None].expand(20_000, -1)
+    scale = 1 + torch.rand(20_000, 1, generator=torch.Generator().manual_seed(0))
+    values = dequantize(codes, scale).bfloat16()
+    assert ((values / values[:, -1:].float() * 127).round() != codes).any(), "no such row is here"
+    found = recover_codes(values, 8)
+    assert torch.equal(found[0], codes) and torch.equal(dequantize(*found).bfloat16(), values)
+
+
+def test_rotated_codes_of_the_smallest_and_the_largest_heads():
+    generator = torch.Generator().manual_seed(1)
+    for bits in range(2, 9):
+        for size in (1e-44, 1e-40, 1e-38, 1e-37, 3e-37, 1e-36, 1e-35, 1e36):
+            x = torch.randn(50, 64, generator=generator).clamp(-4, 4) * size
+            x[0] = size
+            x[1], x[1, 5] = 0, size
+            values, expected = quantized_heads(x, bits)
+            codes, scale = recover_codes(values, bits, rotated=True)
+            assert torch.equal(codes, expected)
+            assert torch.equal(head_values(codes, scale), values)
+
+
 @pytest.mark.parametrize(
     "values", [torch.randn(3, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([[1.0, torch.inf]])]
 )
@@ -81,6 +154,12 @@ def test_values_that_are_not_quantized_are_refused(values):
         recover_codes(values, 8)
     with pytest.raises(ValueError, match="not values of the 8-bit quantizer"):
         recover_codes(fake_quantize(torch.linspace(-1, 1, 16)[None], 4), 8)
+    with pytest.raises(ValueError, match="not values of the 8-bit quantizer"):
+        recover_codes(values, 8, rotated=True)
+    with pytest.raises(ValueError, match="not values of the 8-bit quantizer"):
+        recover_codes(fake_quantize(torch.randn(3, 16), 8), 8, rotated=True)
+    with pytest.raises(ValueError, match="not values of the 8-bit quantizer"):
+        recover_codes(quantized_heads(torch.randn(3, 16), 8)[0], 8)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -98,10 +177,10 @@ def test_logits_equal_those_of_the_float_cache_bit_for_bit(model, ids, config, a
         model.set_attn_implementation("sdpa")
 
 
-@pytest.fixture(scope="module")
-def double(tiny_model):
+@pytest.fixture(scope="module", params=["minmax", "rotated"])
+def double(tiny_model, request):
     """In float64: float32's rounding, which differs between one row and many, may move an activation by a code."""
-    return QuantGPT2LMHeadModel.from_pretrained(tiny_model).double()
+    return with_quantizer(QuantGPT2LMHeadModel.from_pretrained(tiny_model).double(), request.param)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -156,17 +235,18 @@ def test_autocast_keeps_bfloat16(model, ids):
 @pytest.mark.parametrize(
     ("config", "per_token"),
     [
-        (8, 2 * 2 * (64 + 4)),  # 2 blocks x (K, V) x (64 codes of a byte + a float32 scale)
-        (5, 2 * 2 * (64 + 4)),
-        (4, 2 * 2 * (32 + 4)),
-        ("W8A8KV2", 2 * 2 * (32 + 4)),
-        (MIXED, 2 * (64 + 4) + 2 * (32 + 4)),
-        (32, 2 * 2 * 64 * 4),
-        ({"default": 8, "transformer.h.0.*": 16}, 2 * 64 * 4 + 2 * (64 + 4)),
+        (8, lambda scales: 2 * 2 * (64 + scales)),  # 2 blocks x (K, V) x (64 codes of a byte + float32 scales)
+        (5, lambda scales: 2 * 2 * (64 + scales)),
+        (4, lambda scales: 2 * 2 * (32 + scales)),
+        ("W8A8KV2", lambda scales: 2 * 2 * (32 + scales)),
+        (MIXED, lambda scales: 2 * (64 + scales) + 2 * (32 + scales)),
+        (32, lambda scales: 2 * 2 * 64 * 4),
+        ({"default": 8, "transformer.h.0.*": 16}, lambda scales: 2 * 64 * 4 + 2 * (64 + scales)),
     ],
     ids=str,
 )
 def test_memory(model, ids, config, per_token):
+    per_token = per_token(4 * (4 if model.config.quantizer == "rotated" else 1))  # a scale a head
     with model.at_bits(config):
         cache, plain = QuantizedKVCache(model.config), DynamicCache(config=model.config)
         assert cache_bytes(cache) == 0
@@ -178,6 +258,20 @@ def test_memory(model, ids, config, per_token):
     assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == cache_bytes(cache)  # and nothing else
 
 
+@pytest.mark.parametrize(
+    ("quantizer", "bits", "per_token"),
+    [("minmax", 8, 18_528), ("minmax", 4, 9_312), ("rotated", 8, 19_584), ("rotated", 4, 10_368)],
+)
+def test_bytes_a_token_of_gpt2(quantizer, bits, per_token):
+    """12 blocks x (K, V) x 768 codes, and a scale for each or for each of 12 heads."""
+    layer, tokens = QuantizedKVLayer(bits, quantizer == "rotated"), 3
+    rows = torch.randn(2 * tokens, 3 * 768)
+    rows = fake_quantize_kv_(rows, bits, 64 if quantizer == "rotated" else None)[:, 768:]
+    keys, values = rows.view(2, tokens, 2, 12, 64).permute(2, 0, 3, 1, 4)
+    assert all(map(torch.equal, layer.update(keys, values), (keys, values)))
+    assert 12 * (layer.codes.nbytes + layer.scale.nbytes) == 2 * tokens * per_token
+
+
 def test_float_widths_are_kept_as_dynamic_cache_does(model):
     with model.at_bits({"default": 8, "transformer.h.0.*": 16}):
         cache = QuantizedKVCache(model.config)
@@ -185,15 +279,17 @@ def test_float_widths_are_kept_as_dynamic_cache_does(model):
     assert type(cache.layers[0]) is DynamicLayer and isinstance(cache.layers[1], QuantizedKVLayer)
 
 
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_batch_and_length_operations_equal_those_of_the_float_cache(bits):
+def test_batch_and_length_operations_equal_those_of_the_float_cache(bits, rotated):
     generator = torch.Generator().manual_seed(3)
 
     def kv(batch, tokens):
-        rows = fake_quantize(torch.randn(2, batch, tokens, 64, generator=generator), bits)
+        rows = torch.randn(2 * batch * tokens, 3 * 64, generator=generator)
+        rows = fake_quantize_kv_(rows, bits, 16 if rotated else None)[:, 64:128].reshape(2, batch, tokens, 64)
         return rows.unflatten(3, (4, 16)).transpose(2, 3).unbind(0)  # (batch, heads, tokens, head_dim) each
 
-    layer, plain = QuantizedKVLayer(bits), DynamicLayer()
+    layer, plain = QuantizedKVLayer(bits, rotated), DynamicLayer()
 
     def check(new):
         for found, expected in zip(layer.update(*new), plain.update(*new), strict=True):

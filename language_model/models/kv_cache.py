@@ -18,6 +18,8 @@ from .fast.integer import PACKED_BITS
 from .quantization import FLOAT_BITS, dequantize, head_values
 from .rotation import block_size, hadamard
 
+CORRECTIONS = 16  # tries of a row whose values do not come back
+
 
 def recover_codes(values, bits, rotated=False):
     """Codes and scale of values that `fake_quantize` made, or `fake_quantize_kv_` of heads: the inverse of its last
@@ -26,7 +28,10 @@ def recover_codes(values, bits, rotated=False):
     The largest entry of a row (rotated: of its Hadamard transform) has code qmax, hence the other codes. A value is a
     whole number (the code, or a sum of codes) * scale rounded to its dtype, so each entry leaves an interval of scales
     that round to it. All of them meet in the scale that was used, and the float32 next to the middle of what they
-    share gives back every value.
+    share gives back every value, or one of its neighbours does where two roundings fell on each other.
+    In bfloat16 and float16 all entries together say what the scale is nearly. What bfloat16 rounds off may still move
+    a code of 8 bits by half and more, in one head of a hundred thousand: such codes are corrected one by one until
+    every value comes back.
 
     values: (..., n) float; bits: 2 to 8; rotated: rows are heads. Returns codes: (..., n) int8 and scale: (..., 1)
     float32, with dequantize(codes, scale), or head_values, .to(values.dtype) == values. Raises ValueError for values
@@ -34,26 +39,51 @@ def recover_codes(values, bits, rotated=False):
     """
     if values.dtype == torch.float64:
         values = values.float()  # exact: the quantizer computes in float32
-    magnitude, block = values.abs(), block_size(values.shape[-1])
-    grid = (hadamard(values, block) if rotated else values).double()
-    amax = grid.abs().amax(-1, keepdim=True)
-    step = (amax / (2 ** (bits - 1) - 1)).clamp(min=torch.finfo(torch.float32).tiny)  # the smallest scale there is
-    codes = (grid / step).round_()
-    count = (hadamard(codes, block).double() / block if rotated else codes).abs()
-    zero = count == 0
+    magnitude, block, qmax = values.abs(), block_size(values.shape[-1]) if rotated else 1, 2 ** (bits - 1) - 1
+    restore, tiny = head_values if rotated else dequantize, torch.finfo(torch.float32).tiny
     below = torch.nextafter(magnitude, torch.zeros_like(magnitude)).double()
     above = torch.nextafter(magnitude, torch.full_like(magnitude, torch.inf)).double()
-    low = ((below + magnitude) / 2 / count).masked_fill_(zero, 0).amax(-1, keepdim=True)
-    high = ((above + magnitude) / 2 / count).masked_fill_(zero, torch.inf).amin(-1, keepdim=True)
-    scale = torch.where(amax == 0, 0, (low + high) / 2).float()
-    codes = codes.to(torch.int8)
-    restored = head_values(codes, scale) if rotated else dequantize(codes, scale)
-    if not torch.equal(restored.to(values.dtype), values):
-        raise UserError(
-            f"K/V are not values of the {bits}-bit quantizer, which this cache was made for: either the bits of the "
-            "model were changed after the cache was made, or K/V are not finite"
-        )
-    return codes, scale
+    grid = hadamard(values, block).double()
+    amax = grid.abs().amax(-1, keepdim=True)
+    step = (amax / qmax).clamp(min=tiny)  # the smallest scale there is
+    codes = (grid / step).round_()
+    for _ in range(0 if values.dtype == torch.float32 else 3):  # all entries tell more than the largest
+        step = (grid * codes).sum(-1, keepdim=True) / codes.square().sum(-1, keepdim=True).clamp(min=1)
+        codes = (grid / step.clamp_(min=tiny)).round_().clamp_(-qmax, qmax)
+    for _ in range(CORRECTIONS):
+        count = (hadamard(codes, block).double() / block).abs()
+        zero = count == 0
+        low = ((below + magnitude) / 2 / count).masked_fill_(zero, 0).amax(-1, keepdim=True)
+        high = ((above + magnitude) / 2 / count).masked_fill_(zero, torch.inf).amin(-1, keepdim=True)
+        scale = middle = torch.where(amax == 0, 0, (low + high) / 2).float()
+        for neighbour in (0, torch.inf, None):
+            wrong = (restore(codes.to(torch.int8), scale).to(values.dtype) != values).any(-1, keepdim=True)
+            if not wrong.any():
+                return codes.to(torch.int8), scale
+            if neighbour is not None:
+                scale = torch.where(wrong, torch.nextafter(middle, torch.full_like(middle, neighbour)), scale)
+        wrong = wrong[..., 0]
+        codes[wrong] = _corrected(codes[wrong], values[wrong], (above - magnitude)[wrong], step[wrong], block)
+        codes.clamp_(-qmax, qmax)
+    raise UserError(
+        f"K/V are not values of the {bits}-bit quantizer, which this cache was made for: either the bits of the "
+        "model were changed after the cache was made, or K/V are not finite"
+    )
+
+
+def _corrected(codes, values, spacing, step, block):
+    """Codes of rows with one code changed by 1: the one that brings the sums of codes nearest to the values.
+
+    Small values count most: they were rounded least. codes, values: (rows, n); spacing: (rows, n) of the values' dtype
+    around them; step: (rows, 1), their scale, nearly; block: of the Hadamard transform, 1: none.
+    """
+    count, found = hadamard(codes, block).double(), values.double() * block / step
+    weight = (1 + spacing * block / step) ** -2
+    found /= (weight * found * count).sum(-1, keepdim=True) / (weight * count * count).sum(-1, keepdim=True)
+    share = weight.unflatten(-1, (-1, block)).mean(-1).repeat_interleave(block, -1)
+    change = hadamard(weight * (found - count), block) / share
+    most = change.abs().argmax(-1, keepdim=True)
+    return codes.scatter_add(-1, most, change.gather(-1, most).sign().double())
 
 
 class QuantizedKVLayer(CacheLayerMixin):
