@@ -243,7 +243,7 @@ def test_autocast_keeps_bfloat16(model, ids):
         (32, lambda scales: 2 * 2 * 64 * 4),
         ({"default": 8, "transformer.h.0.*": 16}, lambda scales: 2 * 64 * 4 + 2 * (64 + scales)),
     ],
-    ids=str,
+    ids=["8", "5", "4", "W8A8KV2", "mixed", "32", "float block"],
 )
 def test_memory(model, ids, config, per_token):
     per_token = per_token(4 * (4 if model.config.quantizer == "rotated" else 1))  # a scale a head
