@@ -12,6 +12,7 @@
 #define TASK 16     /* rows that a thread finishes at a time */
 #define COLUMNS 512 /* of B^T at a time: with r = 8 they stay in the first-level cache */
 #define BLOCK 4     /* rows that products take at a time */
+#define HEAD_SIZE 64 /* features of a head */
 #if defined __AVX512F__
 #define LANES 16  /* floats in a register */
 #define VECTORS 4 /* BLOCK x VECTORS sums stay in registers: there are 32 here, */
@@ -26,7 +27,7 @@ typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 typedef int32_t integers __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* quantization.row_scale: max|x| / qmax, rounded towards zero, FLT_MIN at least; 0 for zeros */
-static float row_scale(const float *x, long n, float qmax) {
+static inline __attribute__((always_inline)) float row_scale(const float *x, long n, float qmax) {
     const uint32_t *bits = (const uint32_t *)x;
     uint32_t largest = 0; /* without their signs, floats are ordered as their bits are, NaN above all */
 #pragma omp simd reduction(max : largest)
@@ -59,7 +60,7 @@ static inline vector exchanged(vector v, int distance) {
 
 /* y H in place, for `vectors` registers of numbers; inlined with a constant, so that they stay in registers */
 static inline __attribute__((always_inline)) void transform(float *y, const int vectors) {
-    vector v[vectors];
+    vector v[256 / LANES]; /* of a constant size: of a variable one it would be memory */
 #pragma GCC unroll 64
     for (int i = 0; i < vectors; i++) v[i] = *(vector *)(y + i * LANES);
 #pragma GCC unroll 4
@@ -83,7 +84,7 @@ static inline __attribute__((always_inline)) void transform(float *y, const int 
 }
 
 /* y H in place, block by block; y: (n) */
-static void hadamard(float *y, long n, long block) {
+static inline __attribute__((always_inline)) void hadamard(float *y, long n, long block) {
     for (long start = 0; start < n; start += block) {
         float *x = y + start;
         switch (block) {
@@ -178,16 +179,22 @@ static void fake_quantize(float *y, long n, float qmax) {
     for (long i = 0; i < n; i++) y[i] = rintf(y[i] / divisor) * scale;
 }
 
-/* Fake-quantizes the heads of y: (n), each in its Hadamard basis with a scale of its own. */
-static void fake_quantize_heads(float *y, long n, long head_size, float qmax) {
-    long block = head_size & -head_size; /* as rotation.block_size */
+/* Fake-quantizes a head in its Hadamard basis with a scale of its own; inlined with a constant size. */
+static inline __attribute__((always_inline)) void fake_quantize_head(float *head, long size, float qmax) {
+    long block = size & -size; /* as rotation.block_size */
     if (block > 256) block = 256;
+    hadamard(head, size, block);
+    float scale = row_scale(head, size, qmax), divisor = scale == 0 ? 1 : scale;
+    for (long i = 0; i < size; i++) head[i] = rintf(head[i] / divisor);
+    hadamard(head, size, block); /* exact: sums of codes */
+    for (long i = 0; i < size; i++) head[i] *= scale / block;
+}
+
+/* The same with all heads of y: (n). */
+static void fake_quantize_heads(float *y, long n, long head_size, float qmax) {
     for (float *head = y; head < y + n; head += head_size) {
-        hadamard(head, head_size, block);
-        float scale = row_scale(head, head_size, qmax), divisor = scale == 0 ? 1 : scale;
-        for (long i = 0; i < head_size; i++) head[i] = rintf(head[i] / divisor);
-        hadamard(head, head_size, block); /* exact: sums of codes */
-        for (long i = 0; i < head_size; i++) head[i] *= scale / block;
+        if (head_size == HEAD_SIZE) fake_quantize_head(head, HEAD_SIZE, qmax);
+        else fake_quantize_head(head, head_size, qmax);
     }
 }
 
@@ -264,7 +271,6 @@ void gelu_rows(const float *x, long rows, long n, long x_stride, float *out, int
 
 /* ---- causal attention */
 
-#define HEAD_SIZE 64    /* features of a head */
 #define CHUNK HEAD_SIZE /* keys in a chunk: as many, because multiply() makes rows of this length for both products */
 
 /* out[q] = sum over k < count of weights[q][k] * rows[k], for q < BLOCK; each row HEAD_SIZE floats */
