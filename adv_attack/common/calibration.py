@@ -9,13 +9,12 @@ import logging
 import matplotlib
 import torch
 from accelerate import PartialState
-from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from common.checksums import tensors_checksum
 from common.record import atomic_path
 from common.resuming import on_rank_zero
-from models.checkpoint import WEIGHTS_NAME, read_object
+from models.checkpoint import open_checkpoint
 from models.checkpoint_rules import ROTATION
 from models.errors import UserError
 from models.rotation import make_rotation
@@ -71,7 +70,7 @@ def set_quantizer(model, model_args, seed, windows, checkpoint=None):
     """Give the model the quantizer of --quantizer (None: its own); returns what a record says about it.
 
     windows: makes the calibration windows, called where they are needed; checkpoint: folder of a training that is
-    resumed, whose rotation is taken. Raises UserError: an exported model of the other quantizer.
+    resumed, whose rotation is taken. Raises UserError: a checkpoint of the other quantizer, an exported model.
     """
     found = model.config.quantizer
     asked = model_args.quantizer or found
@@ -79,16 +78,17 @@ def set_quantizer(model, model_args, seed, windows, checkpoint=None):
     if asked != found and model.config.exported_widths:
         own = f"{model_args.model_name_or_path} is exported, with the codes of --quantizer {found} alone"
         raise UserError(f"--quantizer {asked}: {own}: export the checkpoint that it was made from anew")
+    resumed = open_checkpoint(checkpoint, {}) if checkpoint else None
+    if resumed and (trained := resumed.fields.get("quantizer", "minmax")) != asked:
+        raise UserError(f"{checkpoint}: trained with --quantizer {trained}, not {asked}")
     if asked == "minmax":
         model.set_rotations(None)
         return about
-    if checkpoint:
-        tensors = load_file(f"{checkpoint}/{WEIGHTS_NAME}")
-        own = read_object(f"{checkpoint}/config.json").get("quantizer") == "rotated"
-        if not own:
-            raise UserError(f"{checkpoint}: trained with the MinMax quantizer, not with --quantizer rotated")
-        model.set_rotations({name: tensors[name + ROTATION] for name in model.quant_layers()})
+    if resumed:
+        model.set_rotations({name: resumed.state[name + ROTATION] for name in model.quant_layers()})
     elif found == "minmax":
+        ones = {name: torch.ones(layer.in_features) for name, layer in model.quant_layers().items()}
+        model.set_rotations(ones)  # refuses rows that cannot be rotated, before anything is computed
         samples = on_rank_zero(windows)
         rotations, outliers = on_rank_zero(lambda: calibrate(model, samples, seed))
         model.set_rotations(rotations)
