@@ -394,7 +394,7 @@ def test_two_processes_have_one_d(folder, qa_words, call, squad_files, tmp_path)
     evaluation += ["--validation_file", squad_files[1], "--output_dir", str(tmp_path / "eval"), *CALIBRATED]
     for model in ("two", "plain"):
         if model == "plain":
-            call(module, *qa_words(*TRAIN, *flags, "--max_steps", "1", out=tmp_path / "plain"))
+            call(module, *qa_words(*TRAIN, *flags, "--max_steps", "2", out=tmp_path / "plain"))
             evaluation[1] = str(tmp_path / "plain")
         command = [*launcher, str(ROOT / folder / "run_qa_eval.py"), *evaluation]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
