@@ -12,7 +12,8 @@
 #define TASK 16     /* rows that a thread finishes at a time */
 #define COLUMNS 512 /* of B^T at a time: with r = 8 they stay in the first-level cache */
 #define BLOCK 4     /* rows that products take at a time */
-#define HEAD_SIZE 64 /* features of a head */
+#define HEAD_SIZE 64 /* features of a head of GPT-2 */
+#define GROUP 16     /* heads whose K or V are quantized together */
 #if defined __AVX512F__
 #define LANES 16  /* floats in a register */
 #define VECTORS 4 /* BLOCK x VECTORS sums stay in registers: there are 32 here, */
@@ -26,87 +27,120 @@
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t integers __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-/* quantization.row_scale: max|x| / qmax, rounded towards zero, FLT_MIN at least; 0 for zeros */
-static inline __attribute__((always_inline)) float row_scale(const float *x, long n, float qmax) {
+/* quantization.row_scale of a row whose largest |x| has these bits: max|x| / qmax, rounded towards zero, FLT_MIN at
+   least; 0 for zeros */
+static inline float scale_of(uint32_t largest, float qmax) {
+    float amax, scale;
+    memcpy(&amax, &largest, sizeof amax);
+    if (amax == 0) return 0;
+    scale = amax / qmax;
+    if ((double)scale * qmax > amax) {
+        uint32_t bits;
+        memcpy(&bits, &scale, sizeof bits);
+        bits--; /* the next float below a positive one */
+        memcpy(&scale, &bits, sizeof scale);
+    }
+    return scale < FLT_MIN ? FLT_MIN : scale;
+}
+
+/* without their signs, floats are ordered as their bits are, NaN above all */
+static inline float row_scale(const float *x, long n, float qmax) {
     const uint32_t *bits = (const uint32_t *)x;
-    uint32_t largest = 0; /* without their signs, floats are ordered as their bits are, NaN above all */
+    uint32_t largest = 0;
 #pragma omp simd reduction(max : largest)
     for (long i = 0; i < n; i++) {
         uint32_t magnitude = bits[i] & 0x7fffffff;
         largest = magnitude > largest ? magnitude : largest;
     }
-    float amax;
-    memcpy(&amax, &largest, sizeof amax);
-    if (amax == 0) return 0;
-    float scale = amax / qmax;
-    if ((double)scale * qmax > amax) scale = nextafterf(scale, 0);
-    return scale < FLT_MIN ? FLT_MIN : scale;
+    return scale_of(largest, qmax);
 }
 
 /* ---- Hadamard transforms: the additions of rotation.hadamard in their order, so that codes are the same */
 
+/* 0, 1, 2, ...: what is made of it by operators on registers is a constant, unlike what a loop over lanes writes */
+static const integers lanes = {
+    0, 1, 2, 3,
+#if LANES > 4
+    4, 5, 6, 7,
+#endif
+#if LANES > 8
+    8, 9, 10, 11, 12, 13, 14, 15,
+#endif
+};
+
 /* neighbours at a distance within a register change places: lane i gets lane i ^ distance */
-static inline vector exchanged(vector v, int distance) {
+static inline __attribute__((always_inline)) vector exchanged(vector v, const int distance) {
 #ifdef __clang__
     vector w;
     for (int i = 0; i < LANES; i++) w[i] = v[i ^ distance];
     return w;
 #else
-    integers from;
-    for (int i = 0; i < LANES; i++) from[i] = i ^ distance;
-    return __builtin_shuffle(v, from);
+    return __builtin_shuffle(v, lanes ^ distance);
 #endif
 }
 
-/* y H in place, for `vectors` registers of numbers; inlined with a constant, so that they stay in registers */
-static inline __attribute__((always_inline)) void transform(float *y, const int vectors) {
-    vector v[256 / LANES]; /* of a constant size: of a variable one it would be memory */
-#pragma GCC unroll 64
-    for (int i = 0; i < vectors; i++) v[i] = *(vector *)(y + i * LANES);
+/* v H for `count` registers of numbers; inlined with a constant, so that they stay in registers */
+static inline __attribute__((always_inline)) void butterflies(vector *v, const int count) {
 #pragma GCC unroll 4
     for (int distance = 1; distance < LANES; distance *= 2) {
-        vector sign; /* the lower of a pair becomes a + b, the upper one a - b; times 1 and -1 is exact */
-        for (int i = 0; i < LANES; i++) sign[i] = i & distance ? -1 : 1;
+        /* lower of a pair: a + b, upper: a - b; times 1 or -1 is exact, so that one multiply-add does either */
+        const vector sign = __builtin_convertvector(1 + 2 * ((lanes & distance) != 0), vector);
 #pragma GCC unroll 64
-        for (int i = 0; i < vectors; i++) v[i] = exchanged(v[i], distance) + sign * v[i];
+        for (int i = 0; i < count; i++) v[i] = v[i] * sign + exchanged(v[i], distance);
     }
 #pragma GCC unroll 8
-    for (int distance = 1; distance < vectors; distance *= 2) {
+    for (int distance = 1; distance < count; distance *= 2) {
 #pragma GCC unroll 64
-        for (int i = 0; i < vectors; i++) {
+        for (int i = 0; i < count; i++) {
             if (i & distance) continue;
             vector a = v[i], b = v[i + distance];
             v[i] = a + b, v[i + distance] = a - b;
         }
     }
-#pragma GCC unroll 64
-    for (int i = 0; i < vectors; i++) *(vector *)(y + i * LANES) = v[i];
 }
 
-/* y H in place, block by block; y: (n) */
-static inline __attribute__((always_inline)) void hadamard(float *y, long n, long block) {
-    for (long start = 0; start < n; start += block) {
-        float *x = y + start;
-        switch (block) {
-            case 256: transform(x, 256 / LANES); break;
-            case 128: transform(x, 128 / LANES); break;
-            case 64: transform(x, 64 / LANES); break;
-            case 32: transform(x, 32 / LANES); break;
-            case 16: transform(x, 16 / LANES); break;
-            default:
-                for (long distance = 1; distance < block; distance *= 2)
-                    for (long i = 0; i < block; i++) {
-                        if (i & distance) continue;
-                        float a = x[i], b = x[i + distance];
-                        x[i] = a + b, x[i + distance] = a - b;
-                    }
-        }
+/* out = (before * x) H for `count` registers of numbers; before may be NULL. The products meet a shuffle or a
+   multiplication first, so that they are rounded before they are added to anything. */
+static inline __attribute__((always_inline)) void transform(const float *x, const float *before, float *out,
+                                                            const int count) {
+    vector v[256 / LANES]; /* of a constant size: of a variable one it would be memory */
+#pragma GCC unroll 64
+    for (int i = 0; i < count; i++) {
+        v[i] = *(const vector *)(x + i * LANES);
+        if (before) v[i] *= *(const vector *)(before + i * LANES);
     }
+    butterflies(v, count);
+#pragma GCC unroll 64
+    for (int i = 0; i < count; i++) *(vector *)(out + i * LANES) = v[i];
 }
 
 /* out = x * factors; not inlined: the product must be rounded before it is added to anything */
 static __attribute__((noinline)) void multiply_by(const float *x, const float *factors, long n, float *out) {
     for (long i = 0; i < n; i++) out[i] = x[i] * factors[i];
+}
+
+/* out = (before * x) H, block by block; x, out: (n), may be the same; before: (n) or NULL */
+static void hadamard(const float *x, const float *before, long n, long block, float *out) {
+    for (long start = 0; start < n; start += block) {
+        const float *in = x + start, *factors = before ? before + start : NULL;
+        float *y = out + start;
+        switch (block) {
+            case 256: transform(in, factors, y, 256 / LANES); break;
+            case 128: transform(in, factors, y, 128 / LANES); break;
+            case 64: transform(in, factors, y, 64 / LANES); break;
+            case 32: transform(in, factors, y, 32 / LANES); break;
+            case 16: transform(in, factors, y, 16 / LANES); break;
+            default:
+                if (factors) multiply_by(in, factors, block, y);
+                else if (y != in) memcpy(y, in, block * sizeof *y);
+                for (long distance = 1; distance < block; distance *= 2)
+                    for (long i = 0; i < block; i++) {
+                        if (i & distance) continue;
+                        float a = y[i], b = y[i + distance];
+                        y[i] = a + b, y[i + distance] = a - b;
+                    }
+        }
+    }
 }
 
 /* out = after * (before * x) H. x, out: (rows, n); before, after: (n) or NULL. */
@@ -115,9 +149,7 @@ void hadamard_rows(const float *x, long rows, long n, long x_stride, long block,
 #pragma omp parallel for num_threads(threads)
     for (long row = 0; row < rows; row++) {
         float *y = out + row * n;
-        if (before) multiply_by(x + row * x_stride, before, n, y);
-        else memcpy(y, x + row * x_stride, n * sizeof *y);
-        hadamard(y, n, block);
+        hadamard(x + row * x_stride, before, n, block, y);
         if (after) multiply_by(y, after, n, y);
     }
 }
@@ -161,12 +193,13 @@ void quantize_rows(const float *x, long rows, long n, long x_stride, float qmax,
             const float *in = x + row * x_stride;
             if (factors) {
                 float *y = rotated + omp_get_thread_num() * n;
-                multiply_by(in, factors, n, y);
-                hadamard(y, n, block);
+                hadamard(in, factors, n, block, y);
                 in = y;
             }
             float divisor = scale[row] = row_scale(in, n, qmax);
             if (divisor == 0) divisor = 1;
+            const float *next = x + (row + 1 < rows ? row + 1 : row) * x_stride;
+            for (long i = 0; i < n; i += LANES) __builtin_prefetch(next + i);
             for (long i = 0; i < n; i++) codes[row * n + i] = (int8_t)(int32_t)rintf(in[i] / divisor);
         }
         project(x + first * x_stride, count, n, x_stride, A, r, scaling, low_rank + first * r);
@@ -179,22 +212,26 @@ static void fake_quantize(float *y, long n, float qmax) {
     for (long i = 0; i < n; i++) y[i] = rintf(y[i] / divisor) * scale;
 }
 
-/* Fake-quantizes a head in its Hadamard basis with a scale of its own; inlined with a constant size. */
-static inline __attribute__((always_inline)) void fake_quantize_head(float *head, long size, float qmax) {
+/* Fake-quantizes heads in their Hadamard basis, each with a scale of its own: step by step for GROUP of them, so that
+   none waits for the scale of one. heads: (n), n a multiple of size. */
+static inline __attribute__((always_inline)) void fake_quantize_heads(float *heads, long n, const long size,
+                                                                      float qmax) {
     long block = size & -size; /* as rotation.block_size */
+    float scales[GROUP];
     if (block > 256) block = 256;
-    hadamard(head, size, block);
-    float scale = row_scale(head, size, qmax), divisor = scale == 0 ? 1 : scale;
-    for (long i = 0; i < size; i++) head[i] = rintf(head[i] / divisor);
-    hadamard(head, size, block); /* exact: sums of codes */
-    for (long i = 0; i < size; i++) head[i] *= scale / block;
-}
-
-/* The same with all heads of y: (n). */
-static void fake_quantize_heads(float *y, long n, long head_size, float qmax) {
-    for (float *head = y; head < y + n; head += head_size) {
-        if (head_size == HEAD_SIZE) fake_quantize_head(head, HEAD_SIZE, qmax);
-        else fake_quantize_head(head, head_size, qmax);
+    for (long first = 0; first < n; first += GROUP * size) {
+        float *group = heads + first;
+        long count = (n - first) / size < GROUP ? (n - first) / size : GROUP;
+        for (long h = 0; h < count; h++) {
+            hadamard(group + h * size, NULL, size, block, group + h * size);
+            scales[h] = row_scale(group + h * size, size, qmax);
+        }
+        for (long h = 0; h < count; h++) {
+            float *head = group + h * size, scale = scales[h], divisor = scale == 0 ? 1 : scale;
+            for (long i = 0; i < size; i++) head[i] = rintf(head[i] / divisor);
+            hadamard(head, NULL, size, block, head); /* exact: sums of codes */
+            for (long i = 0; i < size; i++) head[i] *= scale / block;
+        }
     }
 }
 
@@ -236,8 +273,9 @@ void finish_rows(const int32_t *acc, long rows, long n, const float *row_scales,
         for (long row = first; kv_qmax > 0 && row < last; row++) {
             for (long part = 1; part < 3; part++) {
                 float *kv = out + row * out_stride + part * (n / 3);
-                if (head_size) fake_quantize_heads(kv, n / 3, head_size, kv_qmax);
-                else fake_quantize(kv, n / 3, kv_qmax);
+                if (head_size == 0) fake_quantize(kv, n / 3, kv_qmax);
+                else if (head_size == HEAD_SIZE) fake_quantize_heads(kv, n / 3, HEAD_SIZE, kv_qmax); /* a constant */
+                else fake_quantize_heads(kv, n / 3, head_size, kv_qmax);
             }
         }
     }
