@@ -65,7 +65,7 @@ def set_text_quantizer(model, tokenizer, model_args, data_args, seed, folder=Non
     def windows():
         return calibration_texts(model, tokenizer, model_args, data_args, seed, rows)
 
-    return set_quantizer(model, model_args, seed, windows, folder and folder.weights)
+    return set_quantizer(model, model_args, seed, windows, folder and folder.weights_folder)
 
 
 def pad_right(lists, value):

@@ -24,7 +24,7 @@ from transformers import set_seed
 from transformers.trainer_utils import EvalPrediction
 
 from common.arguments import CheckpointArguments, DataTrainingArguments, option
-from common.calibration import draw_outliers, measure_outliers, outlier_lines, quantizer_label
+from common.calibration import input_rms, outlier_ratios, quantizer_label
 from common.checksums import data_identity, file_checksum, model_checksum, tokenizer_checksum
 from common.data import (
     build_features,
@@ -37,6 +37,7 @@ from common.data import (
 from common.flags import parse_args
 from common.loading import load_model, load_tokenizer, resolve_configs, trained_configs
 from common.noise import noise_floor
+from common.outliers import draw_outliers, outlier_lines
 from common.record import (
     plot_caption,
     read_state,
@@ -280,7 +281,7 @@ def main():
     outliers = quantizer.get("outliers")
     if model_args.measure_outliers and not outliers:
         windows = calibration_windows(model, tokenizer, model_args, data_args, training_args.seed)
-        outliers = measure_outliers(model, windows)
+        outliers = outlier_ratios(input_rms(model, windows))
     overwrite = data_args.overwrite_output_dir
     evaluator = Evaluator(model, tokenizer, model_args, data_args, training_args, quantizer, overwrite)
     model.keep_only_codes(configs.values())  # once the identity of the records has the checksum of the weights

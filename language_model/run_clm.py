@@ -179,7 +179,7 @@ def main():
         samples = model_args.calibration_samples, training_args.seed
         return calibration_blocks(text_args.train_file, tokenizer, block_size, *samples)
 
-    quantizer = set_quantizer(model, model_args, training_args.seed, windows, folder.weights)
+    quantizer = set_quantizer(model, model_args, training_args.seed, windows, folder.weights_folder)
     bits = describe_model(model) | quantizer
     if training_args.do_train:
         folder.start(**input_checksums(model, tokenizer, sources))

@@ -284,7 +284,9 @@ def test_post_training_quantization_by_run_qa(call, qa_words, squad_files, tiny_
     about = read(tmp_path / "out" / "record.json")["bit_config"]
     assert about["quantizer"] == "rotated" and about["calibration_windows"] == 16
     at = words.index("--train_file")
-    with pytest.raises(ValueError, match="--quantizer rotated: .*: pass --train_file or --dataset_name"):
+    with pytest.raises(
+        ValueError, match="--quantizer rotated .* need training questions: pass --train_file or --dataset_name"
+    ):
         call(run_qa, *words[:at], *words[at + 2 :], "--output_dir", tmp_path / "other")
 
 
@@ -297,7 +299,7 @@ def test_refusals_of_the_evaluations(module, evaluate, squad_files, tmp_path, re
     with pytest.raises(ValueError) as refusal:
         evaluate(module, "minmax", *flags, *CALIBRATED)
     assert "\n" not in str(refusal.value)
-    assert "--quantizer rotated: the checkpoint has no rotation" in str(refusal.value)
+    assert "--quantizer rotated where the checkpoint has no rotation" in str(refusal.value)
     assert str(refusal.value).endswith("pass --train_file or --dataset_name")
     train = ("--train_file", squad_files[0])
     for samples in (("--calibration_samples", "65"), ()):

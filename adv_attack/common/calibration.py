@@ -1,26 +1,22 @@
 """What the rotated quantizer is made from: the size of every linear's input channels, measured on training windows.
 
-No gradients, nothing quantized, the adapters active that the model's bits choose, one window at a time so that there
-is no padding. 256 windows fix the root mean squares to a few per cent, and d depends on their root only.
+No gradients, nothing quantized, the adapters of the highest width active, one window at a time so that there is no
+padding. 256 windows fix the root mean squares to a few per cent, and d depends on their root only.
 """
 
+import contextlib
 import logging
 
-import matplotlib
 import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from common.checksums import tensors_checksum
-from common.record import atomic_path
 from common.resuming import on_rank_zero
-from models.checkpoint import open_checkpoint
+from models.checkpoint import open_checkpoint, read_config
 from models.checkpoint_rules import ROTATION
 from models.errors import UserError
 from models.rotation import make_rotation
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +28,8 @@ def input_rms(model, windows):
     """
     if model.config.exported_widths:
         raise UserError("an exported checkpoint has no float weights: calibrate and measure the one of the training")
+    widths = [int(key) for key in model.config.lora_bank or () if key != "shared"]
+    highest = model.at_bits(max(widths)) if widths else contextlib.nullcontext()
     layers, tokens = model.quant_layers(), sum(map(len, windows))
     sums = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in layers.items()}
 
@@ -46,7 +44,7 @@ def input_rms(model, windows):
     device, trains = next(model.parameters()).device, model.training
     model.eval().to(PartialState().device)
     try:
-        with torch.no_grad(), model.quantization_off():
+        with torch.no_grad(), highest, model.quantization_off():
             for window in tqdm(windows, desc="calibration", unit="window", leave=False):
                 model.transformer(torch.tensor([window], device=PartialState().device), use_cache=False)
     finally:
@@ -78,21 +76,25 @@ def set_quantizer(model, model_args, seed, windows, checkpoint=None):
     if asked != found and model.config.exported_widths:
         own = f"{model_args.model_name_or_path} is exported, with the codes of --quantizer {found} alone"
         raise UserError(f"--quantizer {asked}: {own}: export the checkpoint that it was made from anew")
-    resumed = open_checkpoint(checkpoint, {}) if checkpoint else None
-    if resumed and (trained := resumed.fields.get("quantizer", "minmax")) != asked:
+    if checkpoint and (trained := read_config(checkpoint, {})[1].get("quantizer", "minmax")) != asked:
         raise UserError(f"{checkpoint}: trained with --quantizer {trained}, not {asked}")
     if asked == "minmax":
         model.set_rotations(None)
         return about
-    if resumed:
-        model.set_rotations({name: resumed.state[name + ROTATION] for name in model.quant_layers()})
+    if checkpoint:
+        state = open_checkpoint(checkpoint, {}).state
+        model.set_rotations({name: state[name + ROTATION] for name in model.quant_layers()})
     elif found == "minmax":
         ones = {name: torch.ones(layer.in_features) for name, layer in model.quant_layers().items()}
         model.set_rotations(ones)  # refuses rows that cannot be rotated, before anything is computed
-        samples = on_rank_zero(windows)
-        rotations, outliers = on_rank_zero(lambda: calibrate(model, samples, seed))
+
+        def compute():
+            samples = windows()
+            return *calibrate(model, samples, seed), len(samples)
+
+        rotations, outliers, number = on_rank_zero(compute)
         model.set_rotations(rotations)
-        about |= {"calibration_windows": len(samples), "calibration_seed": seed, "outliers": outliers}
+        about |= {"calibration_windows": number, "calibration_seed": seed, "outliers": outliers}
     logger.info("quantizer: rotated%s", "" if found == "rotated" else f", the checkpoint has {found}")
     return about | {"rotation_sha256": tensors_checksum(model.rotations())}
 
@@ -103,47 +105,6 @@ def quantizer_label(about):
     return served if own == served else f"{served} (the checkpoint has {own})"
 
 
-# ---- outliers
-
-
 def outlier_ratios(rms):
-    """{linear: root mean square of its largest input channel over that of the median one}."""
+    """{linear: root mean square of its largest input channel over that of the median one}. rms: of `input_rms`."""
     return {name: (x.max() / x.median().clamp(min=torch.finfo(x.dtype).tiny)).item() for name, x in rms.items()}
-
-
-def measure_outliers(model, windows):
-    """`outlier_ratios` of a model with float weights over calibration windows."""
-    return outlier_ratios(input_rms(model, windows))
-
-
-def outlier_grid(ratios):
-    """(names of the linears of a block, rows: their ratios block by block)."""
-    kinds = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in ratios))
-    values = list(ratios.values())
-    return kinds, [values[at : at + len(kinds)] for at in range(0, len(values), len(kinds))]
-
-
-def outlier_lines(ratios):
-    """The ratios as a markdown table, a row per block."""
-    kinds, rows = outlier_grid(ratios)
-    lines = [f"| block | {' | '.join(kinds)} |", f"|{'---|' * (len(kinds) + 1)}"]
-    return lines + [f"| {n} | {' | '.join(f'{value:.1f}' for value in row)} |" for n, row in enumerate(rows)]
-
-
-def draw_outliers(ratios, path, caption):
-    """The ratios as a block x linear map, PNG."""
-    kinds, rows = outlier_grid(ratios)
-    figure, axes = plt.subplots(figsize=(5.5, 1.5 + 0.35 * len(rows)), layout="constrained")
-    image = axes.imshow(rows, aspect="auto", norm=matplotlib.colors.LogNorm(vmin=1), cmap="viridis")
-    axes.set_xticks(range(len(kinds)), kinds)
-    axes.set_yticks(range(len(rows)), range(len(rows)))
-    axes.set(ylabel="block", title="largest input channel over the median one (rms)")
-    dark = max(map(max, rows)) ** 0.6
-    for y, row in enumerate(rows):
-        for x, value in enumerate(row):
-            axes.text(x, y, f"{value:.1f}", ha="center", va="center", color="white" if value < dark else "black")
-    figure.colorbar(image)
-    figure.supxlabel(caption, fontsize=7)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    plt.close(figure)

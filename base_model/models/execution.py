@@ -1,5 +1,6 @@
 """How a model computes: one object per model, which its linears and its GELU read and `set_execution` writes."""
 
+import contextlib
 import dataclasses
 
 import torch
@@ -27,3 +28,12 @@ class Execution:
         if backward_dtype not in BACKWARD_DTYPES:
             raise UserError(f"backward_dtype = {backward_dtype!r}: allowed are {', '.join(BACKWARD_DTYPES)}")
         self.kind, self.backward_dtype = kind, BACKWARD_DTYPES[backward_dtype]
+
+    @contextlib.contextmanager
+    def as_kind(self, kind):
+        """`with execution.as_kind("float"):` the body computes so, whatever was set. kind: see the class."""
+        before, self.kind = self.kind, kind
+        try:
+            yield
+        finally:
+            self.kind = before

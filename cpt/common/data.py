@@ -60,8 +60,8 @@ def calibration_windows(model, tokenizer, model_args, data_args, seed, examples=
     """
     if examples is None:
         if not (data_args.train_file or data_args.dataset_name):
-            why = "the checkpoint has no rotation, and it is calibrated on training questions"
-            raise UserError(f"--quantizer rotated: {why}: pass --train_file or --dataset_name")
+            who = "--quantizer rotated where the checkpoint has no rotation, and --measure_outliers"
+            raise UserError(f"{who}, need training questions: pass --train_file or --dataset_name")
         examples = load_data(data_args, ["train"], model_args)[0]["train"]
     if (wanted := model_args.calibration_samples) > len(examples):
         raise UserError(f"--calibration_samples {wanted}: allowed are up to {len(examples)}, the training questions")
@@ -76,7 +76,7 @@ def set_qa_quantizer(model, tokenizer, model_args, data_args, training_args, fol
     def windows():
         return calibration_windows(model, tokenizer, model_args, data_args, training_args.seed, examples)
 
-    return set_quantizer(model, model_args, training_args.seed, windows, folder and folder.weights)
+    return set_quantizer(model, model_args, training_args.seed, windows, folder and folder.weights_folder)
 
 
 def build_features(examples, split, source, tokenizer, data_args, training_args, max_positions):

@@ -166,7 +166,7 @@ class OutputFolder:
         return "finished training" if self.finished else self.checkpoint and os.path.relpath(self.checkpoint)
 
     @property
-    def weights(self):
+    def weights_folder(self):
         """Folder of the weights that a training goes on from or has ended with; None at its start."""
         return self.path if self.finished else self.checkpoint
 

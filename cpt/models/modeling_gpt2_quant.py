@@ -128,14 +128,9 @@ class QuantGPT2Mixin(PretrainedMixin):
 
     # ---- execution
 
-    @contextlib.contextmanager
     def quantization_off(self):
         """`with model.quantization_off():` nothing is quantized in the body; the bits go on choosing the adapters."""
-        kind, self.execution.kind = self.execution.kind, "float"
-        try:
-            yield
-        finally:
-            self.execution.kind = kind
+        return self.execution.as_kind("float")
 
     def set_execution(self, execution, backward_dtype="fp32"):
         """How layers with w_bits <= 8 and a_bits <= 8 compute their product; the others always run in float.

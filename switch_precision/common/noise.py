@@ -23,32 +23,21 @@ def changed_embeddings(model, change):
         weight.data.copy_(before)
 
 
-@contextlib.contextmanager
-def execution(model, kind):
-    before, model.execution.kind = model.execution.kind, kind
-    try:
-        yield
-    finally:
-        model.execution.kind = before
-
-
 def variants(model, seed):
-    """{name: context in which the model computes the same in another way}."""
+    """{name: context in which the model computes the same in another way than now}."""
     generator = torch.Generator().manual_seed(seed)
 
     def perturbed(weight):
         noise = torch.randn(weight.shape, generator=generator).to(weight)
         return weight * (1 + PERTURBATION * noise)
 
-    return {
-        "fake": execution(model, "fake"),
-        "integer": execution(model, "integer"),
-        "float16 embeddings": changed_embeddings(
-            model, lambda weight: weight.half().float()
-        ),  # export.py writes these
-        "perturbed 1": changed_embeddings(model, perturbed),
-        "perturbed 2": changed_embeddings(model, perturbed),
-    }
+    def halved(weight):
+        return weight.half().float()  # as export.py --embeddings float16 stores them
+
+    other = "fake" if model.execution.kind == "integer" else "integer"
+    contexts = {f"{other} execution": model.execution.as_kind(other)}
+    changes = {"float16 embeddings": halved, "perturbed 1": perturbed, "perturbed 2": perturbed}
+    return contexts | {name: changed_embeddings(model, change) for name, change in changes.items()}
 
 
 def noise_floor(model, answer, score, texts, seed):
