@@ -2,10 +2,15 @@
 # What the conclusions rest on, over seeds, on the tiny stand-in with outlier channels (factor 30) and without (1):
 # post-training quantization by both quantizers, training at 4 bits, joint training, bits found by search.
 # Needs what `bash quickstart/run.sh` made.
-#   bash quickstart/seeds.sh           about 2 hours on one thread; finished runs are not repeated
+#   bash quickstart/seeds.sh           about 6 hours on one thread; finished runs are not repeated
 # Every training has 1200 forward passes:
-#   lora: float32, 1200 steps; quantized afterwards by either quantizer.    static: at 4 bits, rotated, 1200 steps.
+#   lora: float32, 1200 steps; quantized afterwards by either quantizer.    static: at 4 bits, 1200 steps.
 #   joint: train.sh as it stands, 8 bits alone, 4 bits joins late; 1091 steps.
+# With factor 30 also
+#   joint3: joint with 3 bits for 4.    nokl: joint without distillation.
+#   mixed: joint with a random per-layer assignment beside the widths; 1000 steps.
+#   sequential: the published procedure, MinMax; 800 steps.    lora_400, joint_400, lora_800, joint_800: fewer passes.
+#   search: bits of 8 and 4 (joint, mixed), of 8 and 3 (lora), and of 8 and 3 for each operand (lora).
 # Factors 10 and 3: post-training quantization of the first seed.
 # Environment: VENV PYTHON (see tests/make_venv.sh), WORK (default quickstart/work), SEEDS (default "42 43 44")
 set -euo pipefail
@@ -38,14 +43,20 @@ scores() { # scores NAME MODEL CONFIGS...: EM, F1 and the noise floor
     shift 2
     run "$name" switch_precision/eval.sh "$model" --noise_floor --num_bootstrap 0 "$@"
 }
-search() { # search NAME: 6 bits on average, chosen on training questions, beside 20 random assignments
-    local joint="$work/runs/seeds/$1" on_training=(--measure_split train --max_train_samples 300)
-    run "sensitivity_$1" switch_precision/sweep.sh "$joint" --train_file "$TRAIN_FILE" "${on_training[@]}"
-    if [[ -e "$work/seeds/search_$1.json" ]]; then return; fi
-    python3 switch_precision/search.py --model_name_or_path "$joint" "${common[@]}" "${on_training[@]}" \
-        --train_file "$TRAIN_FILE" --validation_file "$VALIDATION_FILE" --average_bits 6 --num_random 20 \
-        --sensitivity_file "$work/seeds/sensitivity_$1.json" --output_dir "$work/runs/seeds/search_$1" \
-        --record_file "$work/seeds/search_$1.json"
+search() { # search NAME RUN LOW AVERAGE OPERAND...: chosen on training questions, beside 20 random assignments
+    local name="$1" model="$work/runs/seeds/$2" low="$3" budgets=(--average_bits "$4") operands=()
+    if (($# > 4)); then
+        operands=(--operands "${@:5}")
+        budgets+=(--average_a_bits "$4" --average_kv_bits "$4")
+    fi
+    local flags=(--quantizer rotated --train_file "$TRAIN_FILE" --measure_split train --max_train_samples 300)
+    run "sensitivity_$name" switch_precision/sweep.sh "$model" "${flags[@]}" --low_bits "$low" \
+        ${operands[@]+"${operands[@]}"}
+    if [[ -e "$work/seeds/search_$name.json" ]]; then return; fi
+    python3 switch_precision/search.py --model_name_or_path "$model" "${common[@]}" "${flags[@]}" \
+        --validation_file "$VALIDATION_FILE" "${budgets[@]}" --num_random 20 \
+        --sensitivity_file "$work/seeds/sensitivity_$name.json" --output_dir "$work/runs/seeds/search_$name" \
+        --record_file "$work/seeds/search_$name.json"
 }
 post_training() { # post_training FACTOR SEED: sets model and at
     at="${1}_$2" model="$work/model_$1"
@@ -58,17 +69,37 @@ post_training() { # post_training FACTOR SEED: sets model and at
         scores "floor_${quantizer}_$at" "$work/runs/seeds/lora_$at" --quantizer "$quantizer" --bit_configs 8 W4A8KV8 4
     done
 }
+joint() { # joint NAME LOW FLAGS...: another joint training on $model with its evaluation
+    local name="${1}_$at" low="$2"
+    shift 2
+    run "$name" switch_precision/train.sh "$model" --seed "$seed" "${training[@]}" --bit_widths "$low" 8 "$@"
+    scores "eval_$name" "$work/runs/seeds/$name" --bit_configs 8 "$low"
+}
 for seed in "${seeds[@]}"; do
     for factor in 30 1; do
         post_training "$factor" "$seed"
-        run "joint_$at" switch_precision/train.sh "$model" --seed "$seed" "${training[@]}" --bit_widths 4 8 --max_steps 1091
-        scores "eval_joint_$at" "$work/runs/seeds/joint_$at" --bit_configs 8 4
-        if [[ "$factor" == 30 ]]; then
-            run "static_rotated_$at" base_model/train.sh "$model" --seed "$seed" "${training[@]}" --max_steps 1200 \
-                --bit_widths 4 --quantizer rotated
-            search "joint_$at"
-        fi
+        joint joint 4 --max_steps 1091
     done
+    at="30_$seed" model="$work/model"
+    for quantizer in minmax rotated; do
+        run "static_${quantizer}_$at" base_model/train.sh "$model" --seed "$seed" "${training[@]}" --max_steps 1200 \
+            --bit_widths 4 --quantizer "$quantizer"
+    done
+    joint joint3 3 --max_steps 1091
+    joint nokl 4 --max_steps 1091 --distill_loss none
+    joint mixed 4 --max_steps 1000 --num_mixed_configs 1
+    joint sequential 4 --max_steps 800 --objective sequential --distill_weight 1
+    for passes in 400 800; do
+        run "lora_${passes}_$at" base_model/train.sh "$model" --seed "$seed" "${training[@]}" --add_lora \
+            --max_steps "$passes"
+        run "ptq_${passes}_$at" switch_precision/eval.sh "$work/runs/seeds/lora_${passes}_$at" --num_bootstrap 0 \
+            --quantizer rotated --bit_configs 32 8 4
+        joint "joint_$passes" 4 --max_steps $((passes * 10 / 11))
+    done
+    search "joint_$at" "joint_$at" 4 6
+    search "mixed_$at" "mixed_$at" 4 6
+    search "lora_$at" "lora_$at" 3 5
+    search "operands_$at" "lora_$at" 3 5 w a kv
 done
 for factor in 10 3; do post_training "$factor" "${seeds[0]}"; done
 python3 quickstart/seeds.py --records "$work/seeds" --seeds "${seeds[@]}" --output "$work/seeds.json"
