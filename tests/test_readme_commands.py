@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, load_script, parse_flags, save_tiny_tokenizer, stamp_venv
 
 EXPERIMENTS = ("base_model", "switch_precision", "cpt", "adv_attack", "language_model")
-FOLDERS = (*EXPERIMENTS, "benchmark", "quickstart", "tests", "configs")
+FOLDERS = (*EXPERIMENTS, "benchmark", "quickstart", "reproduce", "tests", "configs")
 PAGES = ["README.md", *(f"{folder}/README.md" for folder in FOLDERS if folder != "tests")]
 COMMAND = re.compile(r"(?:for .*; do )?(?:[A-Z_]+=\S+ )*(?:bash|python3?|torchrun) \S*\w\.(?:sh|py)\b")
 
@@ -126,6 +126,21 @@ def test_command_is_understood(source, folder, command, start, copy):
     place_inputs(copy)
     for path, words in start(command, folder):
         parse_flags(path, words, partial="..." in command)
+
+
+@pytest.mark.parametrize("scale", ["tiny", "gpt2"])
+def test_steps_of_the_protocol_are_understood(scale, start, copy):
+    place_inputs(copy)
+    dry = subprocess.run(
+        [sys.executable, ROOT / "reproduce" / "run.py", scale, "--dry_run"], capture_output=True, text=True
+    )
+    commands = dry.stdout.splitlines()
+    assert len(commands) > 20, dry.stderr
+    for command in commands:
+        found = start(command)
+        assert found, command
+        for path, words in found:
+            parse_flags(path, words)
 
 
 def test_commands_are_found():

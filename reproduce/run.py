@@ -1,0 +1,207 @@
+#!/usr/bin/env python
+"""Run the protocol at the scale of a settings file: the steps of steps.py, in the order of the file.
+
+    python reproduce/run.py gpt2 --dry_run              print every command
+    python reproduce/run.py small --work DIR            run what has no record yet; killed steps resume
+    python reproduce/run.py small --only lora_fp32      some steps
+
+reproduce/run.sh and quickstart/run.sh call it, once at a time.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from steps import STEPS
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXTS = ("description", "work", "model", "classifier_model", "train_file", "validation_file", "hybrid")
+KEYS = (*TEXTS, "seed", "environment", "flags", "prepare", "steps", "finish")
+NAME = re.compile(r"\{(\+?\w+)\}")
+FLAGS = {name[1:] for command in STEPS.values() for name in NAME.findall(command) if name.startswith("+")}
+
+
+def read_settings(path):
+    """The settings of a file. Raises ValueError that names file, key, value and what is allowed."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as fault:
+        raise ValueError(f"{path}: not a readable JSON file: {fault}") from None
+
+    def check(key, fits, allowed):
+        value = settings.get(key)
+        if key in settings and not fits(value):
+            raise ValueError(f"{path}: {key}: {json.dumps(value)[:200]}: must be {allowed}")
+
+    def texts(value, kind):
+        return isinstance(value, kind) and all(
+            isinstance(text, str) for text in (value.values() if kind is dict else value)
+        )
+
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: must be an object with the keys {', '.join(KEYS)}")
+    for key in settings:
+        if key not in KEYS:
+            raise ValueError(f"{path}: {key}: unknown key; known: {', '.join(KEYS)}")
+    for key in ("work", "model", "seed", "steps"):
+        if key not in settings:
+            raise ValueError(f"{path}: {key}: missing")
+    for key in TEXTS:
+        check(key, lambda value: isinstance(value, str), "a text")
+    check("seed", lambda value: type(value) is int and value >= 0, "a whole number, 0 or more")
+    for key in ("environment", "flags"):
+        check(key, lambda value: texts(value, dict), "an object of texts")
+    for key in ("prepare", "finish"):
+        check(key, lambda value: texts(value, list), "a list of commands")
+    for name in settings.get("flags", {}):
+        if name not in FLAGS:
+            raise ValueError(f"{path}: flags: {name}: unknown; known: {', '.join(sorted(FLAGS))}")
+    check("steps", lambda value: isinstance(value, list) and value, "a list of step names and {seeds, steps}")
+    for entry in settings["steps"]:
+        seeds = entry.get("seeds") if isinstance(entry, dict) else []
+        names = entry.get("steps") if isinstance(entry, dict) else [entry]
+        if not (isinstance(seeds, list) and isinstance(names, list)) or any(type(seed) is not int for seed in seeds):
+            raise ValueError(f'{path}: steps: {json.dumps(entry)[:200]}: must be {{"seeds": [43], "steps": ["..."]}}')
+        for name in names:
+            if not isinstance(name, str) or name not in STEPS:
+                raise ValueError(f"{path}: steps: {json.dumps(name)}: unknown; known: {', '.join(STEPS)}")
+    return settings
+
+
+def fill(template, values):
+    """The template with its {names} replaced, and theirs. Raises KeyError: the first name without a value."""
+    while found := NAME.search(template):
+        name = found[1]
+        value = values["flags"].get(name[1:], "") if name.startswith("+") else values.get(name)
+        if value is None and name.isupper() and os.environ.get(name):
+            value = shlex.quote(os.environ[name])
+        if value is None:
+            raise KeyError(name)
+        template = template.replace(found[0], str(value))
+    return re.sub(" +", " ", template).strip()
+
+
+def plan(settings, path, work, seed):
+    """[(name of the run, command)] of the steps, in order. Raises ValueError: a step before one that it needs."""
+    values = {key: settings.get(key, "") for key in TEXTS if key != "description"}
+    values |= {"work": work, "flags": settings.get("flags", {})}
+    values["classifier_model"] = values["classifier_model"] or settings["model"]
+    runs = {}
+    for entry in settings["steps"]:
+        seeds, names = (entry["seeds"], entry["steps"]) if isinstance(entry, dict) else ([seed], [entry])
+        for own_seed in seeds:
+            for step in names:
+                run = step if own_seed == seed else f"{step}_{own_seed}"
+                done = {name: f"{work}/runs/{name}" for name in STEPS if name in runs}
+                done |= {name: f"{work}/runs/{name}_{own_seed}" for name in STEPS if f"{name}_{own_seed}" in runs}
+                own = {"seed": own_seed, "own": f"{work}/runs/{run}", "record": f"{work}/records/{run}.json"}
+                try:
+                    runs[run] = fill(STEPS[step], values | done | own)
+                except KeyError as missing:
+                    (name,) = missing.args
+                    where = "set this environment variable" if name.isupper() else "this step must come before it"
+                    raise ValueError(f"{path}: {run} needs {name}: {where}") from None
+    return list(runs.items())
+
+
+def around(settings, path, work, key):
+    """The commands before or after the steps: of "prepare" or "finish". Raises ValueError: an unknown {name}."""
+    try:
+        return [fill(command, {"work": work, "flags": {}}) for command in settings.get(key, [])]
+    except KeyError as missing:
+        raise ValueError(
+            f"{path}: {key}: {{{missing.args[0]}}}: {{work}} and environment variables are known"
+        ) from None
+
+
+def seconds_of(records, name):
+    """What a record says that its step took, or None."""
+    path = records / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8-sig")).get("wall_seconds") if path.exists() else None
+
+
+def time_left(waiting, done, scale):
+    """Text: what the waiting steps took in the committed records of this scale, else the mean of those done here."""
+    committed = ROOT / "results" / scale
+    known = {name: seconds_of(committed, name) for name in waiting}
+    mean = sum(done) / len(done) if done else None
+    if not done and None in known.values():
+        return "time left not known yet"
+    seconds = sum(mean if known[name] is None else known[name] for name in waiting)
+    return f"about {seconds / 3600:.1f} h left" if seconds >= 5400 else f"about {seconds / 60:.0f} min left"
+
+
+def execute(command, environment):
+    """Run a command in the root of the repository; its exit status."""
+    return subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=ROOT, env=environment).returncode
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", help="gpt2, small, tiny, or a JSON file of that form")
+    parser.add_argument("--work", help="folder of runs and records (default: that of the settings)")
+    parser.add_argument("--seed", type=int, help="instead of the one of the settings")
+    parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="run these alone")
+    parser.add_argument("--dry_run", action="store_true", help="print every command, run none")
+    args = parser.parse_args()
+    path = ROOT / "reproduce" / "settings" / f"{args.settings}.json"
+    if not path.exists():
+        path = Path(args.settings)
+    try:
+        settings = read_settings(path)
+        folder = (Path(args.work) if args.work else ROOT / settings["work"]).resolve()
+        work = shlex.quote(str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder))
+        steps = plan(settings, path, work, settings["seed"] if args.seed is None else args.seed)
+        prepare, finish = (around(settings, path, work, key) for key in ("prepare", "finish"))
+        names = [name for name, _ in steps]
+        if unknown := set(args.only) - set(names):
+            raise ValueError(f"--only {' '.join(sorted(unknown))}: not in {path}; it has {' '.join(names)}")
+    except ValueError as fault:
+        sys.exit(f"error: {fault}")
+    if args.only:
+        steps = [(name, command) for name, command in steps if name in args.only]
+    if args.dry_run:
+        print(*prepare, *(command for _, command in steps), *finish, sep="\n")
+        return
+
+    environment = os.environ | settings.get("environment", {})
+    for name in ("runs", "records", "commands"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for name, command in steps:
+        begun = folder / "commands" / f"{name}.txt"
+        if begun.exists() and begun.read_text(encoding="utf-8") != command:
+            sys.exit(
+                f"error: {begun}: {name} was begun by another command: put the settings back, or remove its files"
+            )
+    for command in prepare:
+        if status := execute(command, environment):
+            sys.exit(status)
+    done = []
+    for index, (name, command) in enumerate(steps):
+        place = f"reproduce: [{index + 1}/{len(steps)}] {name}"
+        if (folder / "records" / f"{name}.json").exists():
+            print(f"{place} is done", flush=True)
+            continue
+        waiting = [other for other, _ in steps[index:] if not (folder / "records" / f"{other}.json").exists()]
+        print(f"{place} ({time_left(waiting, done, path.stem)})\n  {command}", flush=True)
+        (folder / "commands" / f"{name}.txt").write_text(command, encoding="utf-8")
+        start = time.time()
+        if status := execute(command, environment):
+            print(f"error: {name} failed (exit {status}); the same command goes on from there", file=sys.stderr)
+            sys.exit(status)
+        if not (folder / "records" / f"{name}.json").exists():
+            sys.exit(f"error: {name} wrote no record: {folder}/records/{name}.json")
+        done.append(time.time() - start)
+    for command in finish:
+        if status := execute(command, environment):
+            sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

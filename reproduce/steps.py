@@ -1,0 +1,92 @@
+"""The steps of the protocol: one command each, whatever the scale.
+
+{own} is the step's folder, {record} its record, {seed} its seed; another step's name is that step's folder. {work},
+{model}, {classifier_model}, {train_file}, {validation_file} and {hybrid} stand in the settings; {+name} are its flags
+of that name, nothing where it has none. An upper-case name is an environment variable.
+"""
+
+DATA = "TRAIN_FILE={train_file} VALIDATION_FILE={validation_file} OUTPUT_DIR={own}"
+END = "--seed {seed} --record_file {record}"
+
+
+def qa(script, model, *flags):
+    return f"{DATA} MODEL={{{model}}} bash {script} {' '.join(flags)} {{+common}} {END}"
+
+
+def train(folder, *flags):
+    return qa(f"{folder}/train.sh", "model", "{+training}", *flags)
+
+
+def post_training(bits, quantizer):
+    return qa("base_model/eval.sh", "lora_fp32", f"--bit_config {bits}", f"--quantizer {quantizer}")
+
+
+def served(training, widths, folder="switch_precision"):
+    flag = "--eval_bit_widths" if folder == "cpt" else "--bit_configs"
+    return qa(f"{folder}/eval.sh", training, flag, widths)
+
+
+def adversarial(script, model, *flags):
+    own = f"TRAIN_FILE= VALIDATION_FILE= OUTPUT_DIR={{own}} MODEL={{{model}}}"  # not SQuAD's files
+    return f"{own} bash adv_attack/{script} {{+topics}} {' '.join(flags)} {END}"
+
+
+QUANTIZERS = ("minmax", "rotated")
+POST_TRAINING = {bits: bits for bits in ("W8A8KV8", "W4A8KV8", "W4A4KV4")} | {"hybrid": "{hybrid}"}
+ATTACKS = ("32", "8", "4", "random", "eot")
+SERVED = "8 {hybrid} {search}/found.json W4A8KV8 4"
+ON_TRAINING = "--measure_split train"
+ATTACKED = "--attack_dirs " + " ".join(f"{{attack_{bits}}}" for bits in ATTACKS)
+
+STEPS = {
+    # a model to start from, where the hub's is not taken
+    "pretrain": f"python3 reproduce/make_small_gpt2.py --output_dir {{own}} {{+pretraining}} {END}",
+    "split": "python3 reproduce/split_squad.py --train_file {TRAIN_FILE} --output_dir {own} --record_file {record}",
+    "base": "TRAIN_FILE={split}/base.json VALIDATION_FILE={validation_file} OUTPUT_DIR={own} MODEL={pretrain} "
+    f"bash base_model/train.sh {{+base}} {{+common}} {END}",
+    # base_model: full fine-tuning, LoRA, post-training quantization, LoRA trained at one width
+    "full_fp32": train("base_model", "{+full}"),
+    "lora_fp32": train("base_model", "--add_lora"),
+    **{
+        f"ptq_{quantizer}_{name}": post_training(bits, quantizer)
+        for quantizer in QUANTIZERS
+        for name, bits in POST_TRAINING.items()
+    },
+    "bnb_8bit": qa("base_model/eval.sh", "lora_fp32", "--bitsandbytes 8bit"),
+    "bnb_nf4": qa("base_model/eval.sh", "lora_fp32", "--bitsandbytes nf4"),
+    **{
+        f"static_w{bits}_{quantizer}": train("base_model", f"--bit_widths {bits}", f"--quantizer {quantizer}")
+        for bits in (8, 4)
+        for quantizer in QUANTIZERS
+    },
+    **{
+        f"separator_{name}": train("base_model", "--add_lora", f"--question_separator '{text}'", "{+separator}")
+        for name, text in {"none": "", "newline": "\\n", "space": " "}.items()
+    },
+    # switch_precision: one model for 4 and 8 bits; which layers need 8 is measured on training questions
+    "switch_train": train("switch_precision", "--bit_widths 4 8"),
+    "switch_minmax": train("switch_precision", "--bit_widths 4 8 --quantizer minmax --curriculum 0"),
+    "switch_sequential": train("switch_precision", "--bit_widths 4 8 --objective sequential {+sequential}"),
+    "sensitivity": qa("switch_precision/sweep.sh", "switch_train", ON_TRAINING, "{+sensitivity}"),
+    "search": "SENSITIVITY_FILE={sensitivity}/sensitivity.json "
+    + qa("switch_precision/search.sh", "switch_train", ON_TRAINING, "{+search}"),
+    "switch_eval": served("switch_train", SERVED),
+    "switch_minmax_eval": served("switch_minmax", SERVED),
+    "switch_sequential_eval": served("switch_sequential", SERVED),
+    # cpt: one adapter for all widths, trained while the bits cycle from 4 to 8
+    "cpt_train": train("cpt", "--quantizer rotated", "{+cpt}"),
+    "cpt_minmax_train": train("cpt", "{+cpt}"),
+    "cpt_eval": served("cpt_train", "8 7 6 5 4", "cpt"),
+    "cpt_minmax_eval": served("cpt_minmax_train", "8 7 6 5 4", "cpt"),
+    "range_test": train("cpt", "--precision_range_test", "{+cpt}"),
+    # adv_attack: a topic classifier, attacked at several precisions; does a random precision at inference protect it?
+    "topic_lora": adversarial("train.sh", "classifier_model", "--add_lora", "{+classifier}"),
+    **{
+        f"attack_{bits}": adversarial("attack.sh", "topic_lora", f"--attack_bits {bits}", "{+attack}")
+        for bits in ATTACKS
+    },
+    "attack_eval": f"python3 adv_attack/eval.py --model_name_or_path {{topic_lora}} {ATTACKED} --output_dir {{own}} "
+    "--record_file {record}",
+    "attack_rpi": f"python3 adv_attack/random_precision_inference.py --model_name_or_path {{topic_lora}} {ATTACKED} "
+    f"--precision_set 4 8 --bitsandbytes 8bit nf4 --output_dir {{own}} {END}",
+}
