@@ -7,7 +7,7 @@
 #   lora: float32, 1200 steps; quantized afterwards by either quantizer.    static: at 4 bits, 1200 steps.
 #   joint: train.sh as it stands, 8 bits alone, 4 bits joins late; 1091 steps.
 # With factor 30 also
-#   joint3: joint with 3 bits for 4.    nokl: joint without distillation.
+#   joint3: joint with 3 bits for 4.    joint3_early: 3 bits join after 60 %; 857 steps.    nokl: joint without distillation.
 #   mixed: joint with a random per-layer assignment beside the widths; 1000 steps.
 #   sequential: the published procedure, MinMax; 800 steps.    lora_400, joint_400, lora_800, joint_800: fewer passes.
 #   search: bits of 8 and 4 (joint, mixed), of 8 and 3 (lora), and of 8 and 3 for each operand (lora).
@@ -86,6 +86,7 @@ for seed in "${seeds[@]}"; do
             --bit_widths 4 --quantizer "$quantizer"
     done
     joint joint3 3 --max_steps 1091
+    joint joint3_early 3 --max_steps 857 --curriculum 0.6
     joint nokl 4 --max_steps 1091 --distill_loss none
     joint mixed 4 --max_steps 1000 --num_mixed_configs 1
     joint sequential 4 --max_steps 800 --objective sequential --distill_weight 1
