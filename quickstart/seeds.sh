@@ -9,7 +9,7 @@
 # With factor 30 also
 #   joint3: joint with 3 bits for 4.    joint3_early: 3 bits join after 60 %; 857 steps.    nokl: joint without distillation.
 #   mixed: joint with a random per-layer assignment beside the widths; 1000 steps.
-#   sequential: the published procedure, MinMax; 800 steps.    lora_400, joint_400, lora_800, joint_800: fewer passes.
+#   sequential: the published procedure, MinMax; 800 steps.    lora_800, joint_800: 800 passes.
 #   search: bits of 8 and 4 (joint, mixed), of 8 and 3 (lora), and of 8 and 3 for each operand (lora).
 # Factors 10 and 3: post-training quantization of the first seed.
 # Environment: VENV PYTHON (see tests/make_venv.sh), WORK (default quickstart/work), SEEDS (default "42 43 44")
@@ -90,13 +90,10 @@ for seed in "${seeds[@]}"; do
     joint nokl 4 --max_steps 1091 --distill_loss none
     joint mixed 4 --max_steps 1000 --num_mixed_configs 1
     joint sequential 4 --max_steps 800 --objective sequential --distill_weight 1
-    for passes in 400 800; do
-        run "lora_${passes}_$at" base_model/train.sh "$model" --seed "$seed" "${training[@]}" --add_lora \
-            --max_steps "$passes"
-        run "ptq_${passes}_$at" switch_precision/eval.sh "$work/runs/seeds/lora_${passes}_$at" --num_bootstrap 0 \
-            --quantizer rotated --bit_configs 32 8 4
-        joint "joint_$passes" 4 --max_steps $((passes * 10 / 11))
-    done
+    run "lora_800_$at" base_model/train.sh "$model" --seed "$seed" "${training[@]}" --add_lora --max_steps 800
+    run "ptq_800_$at" switch_precision/eval.sh "$work/runs/seeds/lora_800_$at" --num_bootstrap 0 --quantizer rotated \
+        --bit_configs 32 8 4
+    joint joint_800 4 --max_steps 727
     search "joint_$at" "joint_$at" 4 6
     search "mixed_$at" "mixed_$at" 4 6
     search "lora_$at" "lora_$at" 3 5
