@@ -183,8 +183,9 @@ def outliers(scale, path):
     for number, kind in enumerate(KINDS):
         axes.text((number + 0.5) * each - 0.5, 1.02, kind, transform=axes.get_xaxis_transform(), ha="center")
     axes.set(xlabel="block, by kind of linear", ylabel="largest / rms of a token", yscale="log")
+    axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter("{x:.0f}")
-    axes.yaxis.set_minor_formatter("{x:.0f}")
+    axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return save(figure, path)
 
