@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, load_script, parse_flags, save_tiny_tokenizer, stamp_venv
 
 EXPERIMENTS = ("base_model", "switch_precision", "cpt", "adv_attack", "language_model")
-FOLDERS = (*EXPERIMENTS, "benchmark", "quickstart", "reproduce", "tests", "configs")
+FOLDERS = (*EXPERIMENTS, "benchmark", "quickstart", "reproduce", "report", "tests", "configs")
 PAGES = ["README.md", *(f"{folder}/README.md" for folder in FOLDERS if folder != "tests")]
 COMMAND = re.compile(r"(?:for .*; do )?(?:[A-Z_]+=\S+ )*(?:bash|python3?|torchrun) \S*\w\.(?:sh|py)\b")
 

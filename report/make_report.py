@@ -1,0 +1,198 @@
+#!/usr/bin/env python
+"""Write the report as a PDF from records alone.
+
+    python report/make_report.py
+    python report/make_report.py --records results/quickstart --output report/tiny.pdf
+
+Beside the PDF stands a JSON file of its name: every number that report.typ shows is read from it. What has no record
+is "not measured at this scale"; what depends on results is chosen by a verdict (findings.py).
+"""
+
+import argparse
+import json
+import re
+import shutil
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import figures
+import tables
+from findings import MARGIN, by_seed, findings, first_record, low_flips
+
+HERE = Path(__file__).resolve().parent
+PUBLISHED = HERE.parent / "reproduce" / "published.json"
+TITLES = {  # by the name of the folder of records
+    "quickstart": ("tiny stand-in", "made-up text; says nothing about GPT-2 on SQuAD"),
+    "small": ("small", "a small GPT-2 made here on real text; says nothing certain about GPT-2 124M"),
+    "gpt2": ("GPT-2", "the published weights"),
+}
+
+SERVED = {  # numbers of the abstract: step, config
+    "float": ("lora_fp32", None),
+    "minmax4": ("ptq_minmax_W4A4KV4", None),
+    "rotated4": ("ptq_rotated_W4A4KV4", None),
+    "joint8": ("switch_eval", "W8A8KV8"),
+    "joint4": ("switch_eval", "W4A4KV4"),
+    "cpt8": ("cpt_eval", "W8A8KV8"),
+    "cpt4": ("cpt_eval", "W4A4KV4"),
+}
+
+
+def fail(message):
+    sys.exit(f"error: {message}")
+
+
+def read(path):
+    """JSON of a file; ends the script where it has none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as fault:
+        fail(f"{path}: broken record: {fault}")
+
+
+def read_if(path):
+    """JSON of a file, None where there is none."""
+    return read(path) if path.exists() else None
+
+
+def read_records(folder):
+    """{step: {seed: record}} of a folder; NAME_43.json is NAME with seed 43 where NAME.json is there too."""
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        fail(f"{folder}: no records (*.json) there: run reproduce/run.sh first, or pass --records results/quickstart")
+    names, records = {path.stem for path in paths}, {}
+    for path in paths:
+        record = read(path)
+        lacks = [
+            key for key in ("metrics", "data", "seed", "model") if not isinstance(record, dict) or key not in record
+        ]
+        if lacks:
+            fail(f"{path}: broken record: it has no {', '.join(lacks)}")
+        found = re.fullmatch(r"(.+)_(\d+)", path.stem)
+        step = found[1] if found and found[1] in names else path.stem
+        records.setdefault(step, {})[record["seed"]] = record
+    return records
+
+
+def read_scale(folder):
+    """A scale: its records, the summary over seeds beside them, and what model and data it is."""
+    records = read_records(folder)
+    summary = folder.parent / f"{folder.name}_seeds.json"
+    title, note = TITLES.get(folder.name, (folder.name, ""))
+    scale = {"key": folder.name, "title": title, "note": note, "records": records}
+    scale["summary"] = read_if(summary)
+    scale["n"] = scale["blocks"] = 0
+    model, trained, seeds = "", "", []
+    for name in ("lora_fp32", "full_fp32", "switch_train", "cpt_train"):
+        if record := first_record(scale, name):
+            data, bits = record["data"], record["bit_config"]
+            scale |= {"n": data["validation"]["examples"], "blocks": len(bits["layers"]) // len(figures.KINDS)}
+            stored = 8 * bits["weight_bytes"] / bits["average_w_bits"] / 1e6
+            model = f"{Path(record['model']).name}: {scale['blocks']} blocks, {stored:.1f} M weights in their linears"
+            trained = f"{data['train']['source']}, {data['train']['examples']} questions, {record['steps']} steps"
+            break
+    seeds = sorted({seed for found in records.values() for seed in found if isinstance(seed, int)})
+    scale |= {"model": model, "trained": trained, "seeds": ", ".join(map(str, seeds))}
+    return scale
+
+
+def about_sweep(record):
+    """Low bits and questions of a sweep, its flips of one linear, and how many of these move EM; None without one."""
+    if not record:
+        return None
+    (data,) = record["data"].values()
+    flips = [flip for flip in low_flips(record) if flip["kind"] == "layer"]
+    clear = [
+        flip for flip in flips if flip["exact_match_drop_interval"][0] > 0 or flip["exact_match_drop_interval"][1] < 0
+    ]
+    return {"low": flips[0]["low_bits"], "n": data["examples"], "flips": len(flips), "clear": len(clear)}
+
+
+def describe(scale, bench, folder):
+    """What the template needs of a scale; its figures go into `folder`."""
+    pictures, served = {}, {}
+    for name, draw in figures.ALL.items():
+        path = folder / f"{name}_{scale['key']}.svg"
+        pictures[name] = path.name if draw(scale | {"times": bench["times"]}, path) else None
+    for name, (step, config) in SERVED.items():
+        values = list(by_seed(scale, step, config).values())
+        served[name] = f"{statistics.mean(values):.1f}" if values else None
+    assignments, budgets, ranks = tables.search_tables(scale)
+    trainings, operands, sizes = tables.summary_tables(scale)
+    widths, range_test = tables.cyclic_tables(scale)
+    return {
+        **{name: scale[name] for name in ("key", "title", "note", "model", "trained", "seeds", "n", "blocks")},
+        "served": served,
+        "pictures": pictures,
+        "accuracy": tables.accuracy_table(scale),
+        "assignments": assignments,
+        "budgets": budgets,
+        "ranks": ranks,
+        "sweep": about_sweep(first_record(scale, "sensitivity")),
+        "objectives": tables.objectives_table(scale),
+        "trainings": trainings,
+        "operands": operands,
+        "sizes": sizes,
+        "widths": widths,
+        "range_test": range_test,
+        "attack": tables.attack_table(first_record(scale, "attack_rpi"), scale["title"]),
+        "findings": findings(scale),
+    }
+
+
+def build(folders, work):
+    """The data of the report; the figures go into the folder `work`."""
+    results, scales = folders[0].parent, []
+    bench = tables.benchmark(*(read_if(results / f"{name}.json") for name in ("benchmark", "bench_rotated_forward")))
+    for folder in folders:
+        try:
+            scales.append(read_scale(folder))
+            scales[-1]["described"] = describe(scales[-1], bench, work)
+        except (LookupError, TypeError, AttributeError, ValueError) as fault:
+            fail(f"{folder}: broken record: {type(fault).__name__}: {fault}")
+    attacked = read_if(results / "adv_attack" / "plain_rpi.json")
+    known = read(PUBLISHED)
+    published, others = tables.published_tables(known, scales)
+    return {
+        "scales": [scale["described"] for scale in scales],
+        "bench": bench,
+        "real_text": tables.attack_table(attacked, "classifier of real text"),
+        "trail": tables.trail_table(results / "trail.md"),
+        "published": published,
+        "others": others,
+        "sources": sorted({row["source"] for row in known}),
+        "margin": f"{MARGIN:g}",
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--records", type=Path, default=Path("results/small"), help="folder of the records")
+    parser.add_argument("--stand_in", type=Path, default=Path("results/quickstart"), help="records shown beside them")
+    parser.add_argument("--output", type=Path, default=Path("report/report.pdf"), help="the PDF; its data as .json")
+    args = parser.parse_args()
+    try:
+        import typst
+    except ImportError:
+        fail("the report needs typst: pip install -r requirements-dev.txt")
+    folders = [args.records] + [args.stand_in] * (args.stand_in.resolve() != args.records.resolve())
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        data = build(folders, work)
+        text = json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        (work / "data.json").write_text(text, encoding="utf-8")
+        shutil.copy(HERE / "report.typ", work)
+        pdf = typst.compile(work / "report.typ", root=work, ignore_system_fonts=True)
+        try:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.with_suffix(".json").write_text(text, encoding="utf-8")
+            args.output.write_bytes(pdf)
+        except OSError as fault:
+            fail(fault)
+    print(f"{args.output}, its data {args.output.with_suffix('.json')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Tables of the report, from records, their numbers as text: {"header", "rows"}, None without rows."""
+
+import statistics
+
+from findings import first_record, over_seeds, row_of, scores, shown
+
+LABELS = {
+    "full_fp32": "full fine-tuning, float32",
+    "lora_fp32": "LoRA, float32",
+    **{
+        f"ptq_{q}_{bits}": f"LoRA, then {bits}"
+        for bits in ("W8A8KV8", "W4A8KV8", "W4A4KV4", "hybrid")
+        for q in ("minmax", "rotated")
+    },
+    "bnb_8bit": "LoRA, then bitsandbytes int8 (weights only)",
+    "bnb_nf4": "LoRA, then bitsandbytes nf4 (weights only)",
+    **{f"static_w{bits}_{q}": f"LoRA trained at {bits} bits" for bits in (8, 4) for q in ("minmax", "rotated")},
+    "separator_none": "LoRA, no separator after the question",
+    "separator_newline": "LoRA, newline after the question",
+    "separator_space": "LoRA, space after the question",
+}
+SWITCHABLE = {
+    "switch_eval": "joint, 4 bits join late",
+    "switch_minmax_eval": "joint, from the start",
+    "switch_sequential_eval": "sequential, as published",
+}
+OBJECTIVES = {
+    "LoRA in float32, quantized afterwards": ("ptq_rotated_W8A8KV8", "ptq_rotated_W4A4KV4"),
+    "one training a width": ("static_w8_rotated", "static_w4_rotated"),
+}
+TRAININGS = {
+    "switch_eval": "switch_train",
+    "switch_minmax_eval": "switch_minmax",
+    "switch_sequential_eval": "switch_sequential",
+}
+
+
+def em(found):
+    """EM of one seed with its interval, or the mean over seeds with its range. found: [scores]."""
+    values = [score["exact_match"] for score in found]
+    if len(found) == 1:
+        low, high = found[0]["interval"]
+        return f"{values[0]:.1f} [{low:.1f}, {high:.1f}]"
+    return f"{statistics.mean(values):.1f} ({min(values):.1f} – {max(values):.1f})"
+
+
+def score_row(label, records, config=None):
+    """A row of the accuracy table, None where the config is not in the records. records: {seed: record}."""
+    found = [score for record in records.values() if (score := scores(record, config))]
+    if not found:
+        return None
+    bits, quantizer = found[0]["average_w_bits"], next(iter(records.values()))["bit_config"].get("quantizer", "")
+    quantizer = "" if bits is None or bits >= 16 else {"minmax": "MinMax"}.get(quantizer, quantizer)
+    f1 = f"{statistics.mean(score['f1'] for score in found):.1f}"
+    return [
+        label,
+        quantizer,
+        "" if bits is None else f"{bits:.2f}".rstrip("0").rstrip("."),
+        em(found),
+        f1,
+        str(len(found)),
+    ]
+
+
+ACCURACY = ["configuration", "quantizer", "bits of W", "EM", "F1", "seeds"]
+
+
+def accuracy_table(scale):
+    """Trainings, post-training quantization, and the switchable models under every config."""
+    rows = [score_row(label, scale["records"][step]) for step, label in LABELS.items() if step in scale["records"]]
+    for step, label in SWITCHABLE.items():
+        if record := first_record(scale, step):
+            names = [row["config"] for row in record["rows"]]
+            rows += [score_row(f"{label}; served {name}", scale["records"][step], name) for name in names]
+    return table(ACCURACY, [row for row in rows if row])
+
+
+def table(header, rows):
+    """{"header", "rows"} for the template, None without rows."""
+    return {"header": header, "rows": rows} if rows else None
+
+
+def search_tables(scale):
+    """(assignments, found against random ones by budget, rank correlations, name of the low bits)."""
+    record, sweep = first_record(scale, "search"), first_record(scale, "sensitivity")
+    rows, budgets, ranks = [], [], []
+    for row in record["rows"] if record else []:
+        if "." not in row["config"]:  # the first budget alone; the figure shows all
+            drop = shown([row["exact_match_drop"], *row["exact_match_drop_interval"]])
+            rows.append([row["config"], f"{row['average_w_bits']:.2f}", em([scores(record, row["config"])]), drop])
+    for found in record["search"].values() if record else []:
+        if random := found.get("random"):
+            gap = random["exact_match"]
+            gap = shown([gap["found_minus_mean"], *gap["found_minus_mean_interval"]])
+            better = f"{random['better_than_found']} of {random['number']}"
+            budgets.append(
+                [f"{found['average_bits']['average_w_bits']:.2f}", str(found["linears_changed"]), gap, better]
+            )
+    for low, found in sweep["rank_correlations"].items() if sweep else []:
+        ranks += [
+            [name.replace("_", " "), low, *(f"{value:+.2f}".replace("-", "−") for value in values.values())]
+            for name, values in found.items()
+        ]
+    measures = next(iter(next(iter(sweep["rank_correlations"].values())).values())) if ranks else []
+    header = ["gradient score", "low bits", *(name.replace("_", " ") for name in measures)]
+    budget = ["bits of W", "moved by measured swaps", "EM of found minus mean of random", "random better"]
+    assignments = table(["assignment", "bits of W", "EM", "loss of EM against the reference"], rows)
+    return assignments, table(budget, budgets), table(header, ranks)
+
+
+def objectives_table(scale):
+    """EM at 8 and at 4 bits of every way to train, over seeds, and the passes that it cost."""
+    rows = []
+    for label, steps in OBJECTIVES.items():
+        records = scale["records"]
+        cells = [
+            em([scores(record) for record in records[step].values()]) if step in records else "-" for step in steps
+        ]
+        if cells != ["-", "-"]:
+            rows.append([label, "", *cells])
+    for step, label in SWITCHABLE.items():
+        if records := scale["records"].get(step):
+            found = [[s for r in records.values() if (s := scores(r, name))] for name in ("W8A8KV8", "W4A4KV4")]
+            training = first_record(scale, TRAININGS[step]) or {}
+            rows.append([label, str(training.get("passes", "")), *(em(values) if values else "-" for values in found)])
+    return table(["training", "passes", "EM at 8 bits", "EM at 4 bits"], rows)
+
+
+def summary_tables(scale):
+    """Of the summary over seeds: (trainings, loss by operand, both quantizers by the size of the outliers)."""
+    summary = scale["summary"]
+    if not summary:
+        return None, None, None
+    trainings, operands, sizes = [], [], []
+    for factor, methods in summary["methods"].items():
+        for name, configs in methods.items():
+            cells = [configs.get(config) for config in ("W8A8KV8", "W4A4KV4")]
+            cells = [f"{c['mean']:.1f} ({c['min']:.1f} – {c['max']:.1f})" if c else "-" for c in cells]
+            trainings.append([factor, name.replace("_", ", "), str(summary["steps"][name][1]), *cells])
+        for config in ("W8A8KV8", "W4A32KV32", "W32A4KV32", "W32A32KV4", "W4A8KV8", "W4A4KV4"):
+            found = [methods[name] for name in ("ptq_minmax", "ptq_rotated")]
+            losses = [shown(over_seeds(f["W32A32KV32"]["values"], f[config]["values"])) for f in found if config in f]
+            operands.append([factor, config, *losses])
+    for factor, row in summary["outliers"].items():
+        worst = max(row["outliers"][name][1] for name in ("attn.c_attn", "mlp.c_fc"))  # where they were put in
+        cells = [row["float"], row["minmax"]["W8A8KV8"], row["minmax"]["W4A4KV4"], row["rotated"]["W4A4KV4"]]
+        sizes.append([factor, f"{worst:.1f}", *(f"{value:.1f}" for value in cells)])
+    seeds = f"{len(summary['seeds'])} seeds"
+    return (
+        table(["outlier factor", "method", "passes", f"EM at 8 bits, {seeds}", f"EM at 4 bits, {seeds}"], trainings),
+        table(["outlier factor", "bits", "loss of EM, MinMax [95 %]", "loss of EM, rotated [95 %]"], operands),
+        table(
+            ["outlier factor", "largest / median", "float", "MinMax, 8 bits", "MinMax, 4 bits", "rotated, 4 bits"],
+            sizes,
+        ),
+    )
+
+
+def cyclic_tables(scale):
+    """(CPT by width, the range test)."""
+    rows, widths = [], []
+    for step, label in {"cpt_eval": "CPT, rotated", "cpt_minmax_eval": "CPT, MinMax"}.items():
+        if record := first_record(scale, step):
+            for row in record["rows"]:
+                drop = shown([row["exact_match_drop"], *row["exact_match_drop_interval"]])
+                rows.append(
+                    [
+                        label,
+                        row["config"],
+                        em([s for r in scale["records"][step].values() if (s := scores(r, row["config"]))]),
+                        drop,
+                    ]
+                )
+    if record := first_record(scale, "range_test"):
+        bits = record["metrics"]["min_bits"]
+        share = record["cyclic"]["range_test_share"]
+        widths = [[str(record["steps"]), f"{share:.2f}", "none" if bits is None else str(bits)]]
+    header = ["training", "served as", "EM", "loss of EM against its 8 bits"]
+    return table(header, rows), table(
+        ["steps a width", "share of the gain asked for", "lowest width that learns"], widths
+    )
+
+
+def attack_table(record, where):
+    """Accuracy under attack by attack and by inference precision, one sample a text."""
+    if not record:
+        return None
+    matrix = record["matrices"]["single sample"]
+    columns = [name for name in matrix["no attack"] if name.startswith("W")]
+    n = next(iter(matrix["no attack"].values()))["n"]
+    rows = []
+    for attack, cells in matrix.items():
+        random = record["random_precision"][attack]
+        found = [
+            "{:.1f} [{:.1f}, {:.1f}]".format(cells[name]["accuracy"], *cells[name]["interval"]) for name in columns
+        ]
+        rows.append([attack, *found, f"{random['expected']:.1f}", f"{random['mcnemar']['median']:.2g}"])
+    means = {key: f"{value:.1f}" for key, value in record["summary"]["single sample"].items()}
+    found = table(["attacked at", *columns, "random precision", "McNemar p"], rows)
+    return found | {"where": where, "n": n, "means": means, "draws": record["repetitions"]}
+
+
+def benchmark(record, rotated):
+    """Table and {config: ms} of a forward at the first shape, what the rotation costs. The records may be None."""
+    found = {"table": None, "shape": "", "model": "", "device": "", "rotated": None, "calibration": None, "times": {}}
+    if record:
+        shape, cells, times = record["rows"][0]["shape"], [], {}
+        for row in [row for row in record["rows"] if row["shape"] == shape]:
+            speed = f"{row['ratio']:.2f} ({row['ratio_min']:.2f} – {row['ratio_max']:.2f})"
+            size = f"{row['stored_bytes'] / 2**20:.0f}"
+            cells.append([row["label"], row["config"] or "", f"{1000 * row['seconds']:.0f}", speed, size])
+            if row["peer"] in ("integer", "fp32"):
+                times[row["config"] or "W32A32KV32"] = 1000 * row["seconds"]
+        header = ["implementation", "bits", "ms", "speed / float32 (min – max)", "file MiB"]
+        found |= {"table": table(header, cells), "times": times, "shape": shape, "model": record["model"]}
+        found["device"] = f"{record['device']}, {record['threads']} threads"
+    if rotated:
+        found["rotated"] = f"{statistics.median(rotated['metrics']['rotated_over_minmax']):.2f}"
+        found["calibration"] = f"{rotated['metrics']['calibration_seconds']:.0f}"
+    return found
+
+
+def trail_table(path):
+    """The first table of the trail: ways to train that were looked at once."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    first = next((number for number, line in enumerate(lines) if line.startswith("|")), len(lines))
+    rows = []
+    for line in lines[first:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip().replace("`", "") for cell in line.strip("|").split("|")])
+    return table(rows[0], rows[2:]) if rows else None
+
+
+def short(source):
+    """The owner of a repository, or the source as it is."""
+    return source.partition("/")[0] if " " not in source else source
+
+
+def published_tables(published, scales):
+    """(EM and F1 published beside ours, other published figures). published: of reproduce/published.json."""
+    rows, others = [], {"cpt": [], "attack": [], "rest": []}
+    for row in published:
+        if "measure" in row:
+            group = (row["step"] or "rest").partition("_")[0]
+            values = ", ".join(f"{name} {value}" for name, value in row["values"].items())
+            others[group if group in others else "rest"].append(
+                [short(row["source"]), row["setting"], row["measure"], values]
+            )
+            continue
+        cells = []
+        for scale in scales:
+            record = first_record(scale, row["step"]) if row["step"] else None
+            found = (
+                scores(record, row["config"])
+                if record and (not row["config"] or row_of(record, row["config"]))
+                else None
+            )
+            cells.append(f"{found['exact_match']:.1f} / {found['f1']:.1f}" if found else "")
+        theirs = " / ".join("-" if row[key] is None else f"{row[key]:.2f}" for key in ("exact_match", "f1"))
+        rows.append([short(row["source"]), row["setting"], theirs, *cells])
+    header = [
+        "source",
+        "setting",
+        "GPT-2 124M, published: EM / F1",
+        *(f"{scale['title']}: EM / F1" for scale in scales),
+    ]
+    names = ["source", "setting", "measure", "published"]
+    return table(header, rows), {group: table(names, found) for group, found in others.items()}

@@ -1,0 +1,153 @@
+"""The report: numbers come from the records alone, what has none is said to be absent, same records same bytes."""
+
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from conftest import experiment
+
+with experiment("report"):
+    import findings
+    import tables
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+
+
+def make(records, output, *more, **options):
+    command = [sys.executable, ROOT / "report" / "make_report.py", "--records", records, "--output", output]
+    return subprocess.run([*command, *more], capture_output=True, text=True, cwd=ROOT, **options)
+
+
+def built(records, folder, *more):
+    """(data, bytes of the PDF) of a report that must be made."""
+    done = make(records, folder / "report.pdf", *(more or ("--stand_in", records)))
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "report.json").read_text()), (folder / "report.pdf").read_bytes()
+
+
+@pytest.fixture
+def records(tmp_path):
+    """A copy of the committed records of the quick start, as results/quickstart."""
+    return pathlib.Path(shutil.copytree(RESULTS / "quickstart", tmp_path / "results" / "quickstart"))
+
+
+def change(records, name, edit):
+    path = records / f"{name}.json"
+    record = json.loads(path.read_text())
+    edit(record)
+    path.write_text(json.dumps(record))
+
+
+def test_report_of_the_quick_start_is_the_same_every_time(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    data, pdf = built(RESULTS / "quickstart", first)
+    assert (data, pdf) == built(RESULTS / "quickstart", second) and pdf.startswith(b"%PDF")
+    (scale,) = data["scales"]
+    record = json.loads((RESULTS / "quickstart" / "lora_fp32.json").read_text())
+    assert scale["served"]["float"] == f"{record['metrics']['eval_exact_match']:.1f}"
+    assert all(scale["pictures"].values())
+
+
+def test_changed_number_of_a_record_changes_the_report(records, tmp_path):
+    before, pdf = built(records, tmp_path)
+    change(records, "lora_fp32", lambda record: record["metrics"].update(eval_exact_match=12.3))
+    after, changed = built(records, tmp_path)
+    row = next(row for row in after["scales"][0]["accuracy"]["rows"] if row[0] == "LoRA, float32")
+    assert row[3].startswith("12.3 [") and "12.3 / " in json.dumps(after["published"])
+    assert "12.3" not in json.dumps(before) and pdf != changed
+
+
+def test_template_holds_no_result():
+    text = (ROOT / "report" / "report.typ").read_text()
+    text = re.sub(r'arXiv:[\d.]+|"1\.1"|v1\.1|\d+(\.\d+)?(pt|em|cm|fr|%)', "", re.sub(r"//.*", "", text))
+    assert not re.findall(r"\d+\.\d+|\d+ (?:points|EM\b|questions|texts|seeds|times|ms\b)", text)
+
+
+def test_records_that_are_not_there_are_said_to_be_absent(records, tmp_path):
+    for path in records.glob("*.json"):
+        if path.stem not in ("lora_fp32", "ptq_minmax_W4A4KV4"):
+            path.unlink()
+    data, _ = built(records, tmp_path)
+    (scale,) = data["scales"]
+    assert scale["attack"] is scale["assignments"] is scale["widths"] is data["trail"] is None
+    assert scale["findings"]["rotation"]["verdict"] == scale["findings"]["late"]["verdict"] == "not measured"
+    assert (
+        scale["findings"]["collapse"]["verdict"] == "holds"
+    )  # one adapter served twice: the questions give an interval
+    (records / "lora_fp32.json").unlink()
+    assert built(records, tmp_path)[0]["scales"][0]["findings"]["collapse"]["verdict"] == "not measured"
+
+
+def test_two_scales_have_columns_of_their_own_and_seeds_give_verdicts(records, tmp_path):
+    small = shutil.copytree(records, records.parent / "small")
+    for seed, low in ((43, 79.0), (44, 78.0)):
+        for name, score in (("static_w4_rotated", 80.5), ("switch_eval", low)):
+            record = json.loads((small / f"{name}.json").read_text()) | {"seed": seed}
+            record["metrics"]["eval_exact_match"] = score
+            for row in record.get("rows", []):
+                row["exact_match"] = score
+            (small / f"{name}_{seed}.json").write_text(json.dumps(record))
+    data, _ = built(small, tmp_path, "--stand_in", records)
+    assert data["published"]["header"][-2:] == ["small: EM / F1", "tiny stand-in: EM / F1"]
+    found = {scale["key"]: scale["findings"]["joint"] for scale in data["scales"]}
+    assert found["small"]["verdict"] == "does not hold" and found["small"]["basis"] == "3 seeds"
+    assert found["quickstart"]["verdict"] == "not shown" and "no interval" in found["quickstart"]["basis"]
+
+
+def test_verdicts_need_an_interval():
+    cases = {(1.0, None, None): "not shown", (1.0, 0.1, 2.0): "holds", (-1.0, -2.0, -0.1): "does not hold"}
+    cases |= {(1.0, -0.1, 2.0): "not shown"}
+    for gap, verdict in cases.items():
+        assert findings.verdict((list(gap), "")) == verdict
+    assert findings.verdict(None) == "not measured"
+    assert findings.verdict(([1.0, 0.5, 1.5], ""), "none") == "holds"  # small enough to count as none
+    assert findings.verdict(([3.0, 0.5, 5.5], ""), "none") == "does not hold"
+    assert findings.verdict(([1.0, -3.0, 5.0], ""), "none") == "not shown"
+
+
+def test_intervals():
+    assert findings.over_seeds([3.0, 4.0, 5.0], [1.0, 2.0, 3.0]) == [2.0, 2.0, 2.0]
+    low, high = findings.wilson(25.0, 24)  # as in the record of the quick start's attack
+    assert (round(low, 2), round(high, 2)) == (12.0, 44.9)
+    difference, low, high = findings.newcombe(100.0, 0.0, 24)
+    assert difference == 100.0 and 75 < low < high < 100.001
+    assert findings.shown([-0.04, -1.0, 0.5]) == "+0.0 [−1.0, +0.5]"
+
+
+def test_published_figures_name_steps_of_the_protocol():
+    rows = json.loads((ROOT / "reproduce" / "published.json").read_text())
+    assert all({"source", "setting", "exact_match", "f1", "step", "config"} <= set(row) for row in rows)
+    known = {*tables.LABELS, *tables.SWITCHABLE, "cpt_train", "cpt_eval", "attack_rpi", None}
+    assert {row["step"] for row in rows} <= known
+    assert len({(row["source"], row["setting"]) for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "lora_fp32.json: broken record: "),
+        ("[]", "lora_fp32.json: broken record: it has no metrics, data, seed, model"),
+        ('{"metrics": {}, "data": {}, "seed": 1, "model": ""}', "quickstart: broken record: KeyError: "),
+    ],
+)
+def test_broken_record_is_one_line(records, tmp_path, text, message):
+    (records / "lora_fp32.json").write_text(text)
+    done = make(records, tmp_path / "report.pdf", "--stand_in", records)
+    assert done.returncode == 1 and message in done.stderr and done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "report.pdf").exists()
+
+
+def test_folder_without_records_and_missing_typst_are_one_line(tmp_path):
+    done = make(tmp_path, tmp_path / "report.pdf")
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {tmp_path}: no records (*.json) there")
+    (tmp_path / "typst.py").write_text("raise ImportError")
+    done = make(RESULTS / "quickstart", tmp_path / "report.pdf", env={"PYTHONPATH": str(tmp_path)})
+    assert (
+        done.returncode == 1 and done.stderr == "error: the report needs typst: pip install -r requirements-dev.txt\n"
+    )
