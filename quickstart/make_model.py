@@ -38,13 +38,14 @@ OUTLIERS = 3  # channels of every LayerNorm
 
 def put_in_outliers(model: GPT2LMHeadModel, factor: float, seed: int):
     """Scales the gains of OUTLIERS channels, the same in every block, by factor, factor / 2, factor / 3, and their
-    columns in the linear that reads them by the inverse. Only a start: before training, which moves both."""
+    columns in the linear that reads them by the inverse: the same function. Only a start: training moves both."""
     channels = random.Random(seed).sample(range(model.config.n_embd), OUTLIERS)
     for block in model.transformer.h:
         for norm, linear in ((block.ln_1, block.attn.c_attn), (block.ln_2, block.mlp.c_fc)):
             for k, channel in enumerate(channels, 1):
                 gain = max(factor / k, 1.0)
                 norm.weight.data[channel] *= gain
+                norm.bias.data[channel] *= gain  # 0 in new weights
                 linear.weight.data[channel] /= gain  # Conv1D: (in, out)
 
 

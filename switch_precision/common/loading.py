@@ -27,7 +27,8 @@ def load_tokenizer(model_args):
     except (OSError, UserError):
         raise
     except Exception as error:  # faulty files raise any class, that of tokenizers is Exception itself
-        raise UserError(f"{name}: its tokenizer does not open ({type(error).__name__}: {error})") from error
+        what = " ".join(f"{type(error).__name__}: {error}".split())  # theirs may have several lines
+        raise UserError(f"{name}: its tokenizer does not open ({what})") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"  # where a causal model does not look; positions count from the text's start
