@@ -52,6 +52,8 @@ STEPS = {
         for quantizer in QUANTIZERS
         for name, bits in POST_TRAINING.items()
     },
+    "outlier_channels": "TRAIN_FILE={train_file}; python3 report/outlier_channels.py --model_name_or_path {lora_fp32} "
+    f'--dataset_name squad ${{TRAIN_FILE:+--train_file "$TRAIN_FILE"}} {{+common}} {END}',
     "bnb_8bit": qa("base_model/eval.sh", "lora_fp32", "--bitsandbytes 8bit"),
     "bnb_nf4": qa("base_model/eval.sh", "lora_fp32", "--bitsandbytes nf4"),
     **{
