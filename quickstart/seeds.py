@@ -18,15 +18,39 @@ from common.record import run_record, write_json_atomic  # noqa: E402
 
 QUANTIZERS = ("minmax", "rotated")
 OPERANDS = ("W8A8KV8", "W4A8KV8", "W4A4KV4", "W4A32KV32", "W32A4KV32", "W32A32KV4", "W3A3KV3", "W2A8KV8")
-FLOAT, EIGHT, FOUR = "W32A32KV32", "W8A8KV8", "W4A4KV4"
+FLOAT, EIGHT, FOUR, THREE = "W32A32KV32", "W8A8KV8", "W4A4KV4", "W3A3KV3"
+TRAINED = (EIGHT, FOUR, THREE)  # columns of the table of trainings
 METHODS = {
     "ptq_minmax": "LoRA in float32, then MinMax",
     "ptq_rotated": "LoRA in float32, then rotated",
+    "static_minmax": "trained at 4 bits, MinMax",
     "static_rotated": "trained at 4 bits, rotated",
-    "joint": "joint, rotated, 4 bits join late",
+    "joint": "joint 8 and 4, rotated, 4 bits join late",
+    "nokl": "the same without distillation",
+    "mixed": "the same with a random assignment a step",
+    "sequential": "published procedure, MinMax",
+    "joint3": "joint 8 and 3, rotated, 3 bits join late",
+    "joint3_early": "the same, 3 bits join after 60 %",
 }
 FACTORS, ALL_FACTORS = ("30", "1"), ("30", "10", "3", "1")  # over all seeds; post-training quantization of one seed
-PAIRS = (("joint", "ptq_rotated"), ("joint", "static_rotated"))
+EVERY_FACTOR = ("ptq_minmax", "ptq_rotated", "joint")
+PAIRS = (
+    ("joint", "ptq_rotated"),
+    ("joint", "static_rotated"),
+    ("joint", "nokl"),
+    ("joint", "mixed"),
+    ("joint", "sequential"),
+    ("static_rotated", "static_minmax"),
+    ("joint3", "ptq_rotated"),
+    ("joint3_early", "ptq_rotated"),
+)
+PASSES = ("800",)  # of the shorter trainings
+SEARCHES = {  # labels of the searches; names of their own, as some are named after a method
+    "search_joint": "8 and 4 bits, jointly trained",
+    "search_mixed": "8 and 4 bits, trained with random assignments",
+    "search_lora": "8 and 3 bits, float32 adapter",
+    "search_operands": "8 and 3 bits, float32 adapter, W, A and KV apart",
+}
 
 
 def load(path):
@@ -37,7 +61,7 @@ def load(path):
 
 def methods_of(factor):
     """The methods that seeds.sh ran on the stand-in of this factor."""
-    return [method for method in METHODS if factor == FACTORS[0] or method != "static_rotated"]
+    return [method for method in METHODS if factor == FACTORS[0] or method in EVERY_FACTOR]
 
 
 def spread(values):
@@ -74,10 +98,24 @@ def outliers_of(folder, factor, seed):
     return row, {name: {"command": record["command"], "git": record["git"]} for name, record in sources.items()}
 
 
+def curves_of(folder, factor, seeds, longest, sources):
+    """{passes: {label: {config: spread}}} of the float32 adapter quantized afterwards and of joint training."""
+    curves = {}
+    for passes in PASSES:
+        curves[passes] = {}
+        for label, name in (("ptq_rotated", f"ptq_{passes}"), ("joint", f"eval_joint_{passes}")):
+            records = {seed: load(folder / f"{name}_{factor}_{seed}.json") for seed in seeds}
+            scores = [{row["config"]: row["exact_match"] for row in record["rows"]} for record in records.values()]
+            curves[passes][label] = {config: spread([found[config] for found in scores]) for config in scores[0]}
+            for seed, record in records.items():
+                sources[f"{name}_{factor}_{seed}"] = {"command": record["command"], "git": record["git"]}
+    curves["1200"] = {label: longest[label] for label in ("ptq_rotated", "joint")}
+    return curves
+
+
 def summarize(folder, seeds):
     """The record: EM of every method at every config and factor, noise floors, searches against random ones."""
-    start, rows, searches, sources, steps = time.time(), {}, {}, {}, {}
-    outliers = {}
+    start, rows, searches, sources, steps, outliers = time.time(), {}, {}, {}, {}, {}
     for factor in ALL_FACTORS:
         outliers[factor], found = outliers_of(folder, factor, seeds[0])
         sources |= found
@@ -99,13 +137,18 @@ def summarize(folder, seeds):
             rows[factor][method] = {config: spread(values) for config, values in found.items()}
             for config, values in floors.items():
                 rows[factor][method][config]["noise_floor"] = [max(column) for column in zip(*values)]
-    for seed in seeds:
-        record = load(folder / f"search_joint_{FACTORS[0]}_{seed}.json")
-        (name,) = record["search"]
-        row = next(row for row in record["rows"] if row["config"] == name)
-        searches[seed] = {"average_w_bits": row["average_w_bits"], "found": row["exact_match"]}
-        searches[seed] |= record["search"][name]["random"]
-        sources[f"search of seed {seed}"] = {"command": record["command"], "git": record["git"]}
+        if factor == FACTORS[0]:
+            curves = curves_of(folder, factor, seeds, rows[factor], sources)
+    for kind in SEARCHES:
+        searches[kind] = {}
+        for seed in seeds:
+            record = load(folder / f"{kind}_{FACTORS[0]}_{seed}.json")
+            (name,) = record["search"]
+            scores = {row["config"]: row["exact_match"] for row in record["rows"]}
+            averages = record["search"][name]["average_bits"]
+            searches[kind][seed] = {"average_bits": averages, "found": scores[name]} | record["search"][name]["random"]
+            searches[kind][seed]["baselines"] = {key: scores[key] for key in ("first_last", "hybrid") if key in scores}
+            sources[f"{kind} of seed {seed}"] = {"command": record["command"], "git": record["git"]}
     return run_record(
         model="tiny GPT-2 of quickstart/make_model.py",
         bit_config=None,
@@ -121,6 +164,8 @@ def summarize(folder, seeds):
         notice=NOTICE,
         seeds=seeds,
         outliers=outliers,
+        curves=curves,
+        labels=METHODS | SEARCHES,
         steps=steps,
         methods=rows,
         searches=searches,
@@ -153,16 +198,17 @@ def training_table(summary, factor):
         label = METHODS[method]
         steps, passes = summary["steps"][method]
         rows.append([label, str(steps), str(passes)])
-        rows[-1] += [cell(found[method][config]) if config in found[method] else "-" for config in (EIGHT, FOUR)]
+        rows[-1] += [cell(found[method][config]) if config in found[method] else "-" for config in TRAINED]
     for first, second in [pair for pair in PAIRS if set(pair) <= set(methods_of(factor))]:
         pairs = [
             paired_difference(found[first][config]["values"], found[second][config]["values"])
-            if config in found[second]
+            if config in found[first] and config in found[second]
             else "-"
-            for config in (EIGHT, FOUR)
+            for config in TRAINED
         ]
         rows.append([f"{METHODS[first]}, minus {METHODS[second]} [95 %]", "", "", *pairs])
-    return markdown([f"factor {factor}, {len(summary['seeds'])} seeds", "steps", "passes", "EM at 8", "EM at 4"], rows)
+    title = f"factor {factor}, {len(summary['seeds'])} seeds"
+    return markdown([title, "steps", "passes", "EM at 8", "at 4", "at 3"], rows)
 
 
 def outlier_table(summary):
@@ -176,14 +222,30 @@ def outlier_table(summary):
     return markdown(header, rows)
 
 
+def curve_table(summary):
+    """Markdown: what more passes bring, at factor 30."""
+    rows = []
+    for passes, found in summary["curves"].items():
+        float_adapter, joint = found["ptq_rotated"], found["joint"]
+        cells = [float_adapter[FLOAT], float_adapter[EIGHT], float_adapter[FOUR], joint[EIGHT], joint[FOUR]]
+        rows.append([passes, *(shown(*(scores[key] for key in ("mean", "min", "max"))) for scores in cells)])
+    return markdown(["passes", "float32 adapter", "its 8 bits", "its 4 bits", "joint, 8", "joint, 4"], rows)
+
+
 def search_table(summary):
     """Markdown: found assignments against random ones of their budget."""
     rows = []
-    for name, row in summary["searches"].items():
-        random = f"{row['mean_exact_match']:.1f} ({row['std_exact_match']:.1f})"
-        better = f"{row['better_than_found']} of {row['number']}"
-        rows.append([name, f"{row['average_w_bits']:.2f}", f"{row['found']:.1f}", random, better])
-    return markdown(["seed", "average bits", "found, EM", "random, mean EM (s.d.)", "random better"], rows)
+    for kind, seeds in summary["searches"].items():
+        for seed, row in seeds.items():
+            averages = [row["average_bits"][f"average_{operand}_bits"] for operand in ("w", "a", "kv")]
+            random = f"{row['mean_exact_match']:.1f} ({row['std_exact_match']:.1f})"
+            better = f"{row['better_than_found']} of {row['number']}"
+            found = row["baselines"]
+            others = [f"{found[key]:.1f}" if key in found else "-" for key in ("first_last", "hybrid")]
+            bits = " / ".join(f"{average:.2f}" for average in averages)
+            rows.append([SEARCHES[kind], seed, bits, f"{row['found']:.1f}", random, better, *others])
+    header = ["model, widths", "seed", "bits of W / A / KV", "found, EM", "random, mean EM (s.d.)", "random better"]
+    return markdown([*header, "first and last high", "hybrid (its own bits)"], rows)
 
 
 def main():
@@ -201,7 +263,7 @@ def main():
     tables = {"post-training": post_training_table, "seeds": training_table}
     texts = {name: "\n\n".join(make(summary, f) for f in FACTORS) for name, make in tables.items()}
     texts["outliers"] = outlier_table(summary)
-    texts["search"] = search_table(summary)
+    texts |= {"curves": curve_table(summary), "search": search_table(summary)}
     write_into(args.pages, texts)
     print(summary["notice"], *texts.values(), sep="\n\n")
 

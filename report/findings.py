@@ -71,10 +71,12 @@ def summarized(scale, step, config=None):
     methods = scale["summary"]["methods"][max(scale["summary"]["methods"], key=float)]  # the largest outliers
     if step == "lora_fp32":
         method, config = "ptq_minmax", "W32A32KV32"
-    elif step == "static_w4_rotated":
-        method, config = "static_rotated", "W4A4KV4"
-    elif step == "switch_eval":
-        method = "joint"
+    elif step in ("static_w4_rotated", "static_w4_minmax"):
+        method, config = step.replace("_w4", ""), "W4A4KV4"
+    elif step in ("switch_eval", "switch_sequential_eval"):
+        method = {"switch_eval": "joint", "switch_sequential_eval": "sequential"}[step]
+    elif step in methods:
+        method = step
     else:
         method, _, config = step.rpartition("_")
     found = methods.get(method, {}).get(config)
@@ -212,12 +214,19 @@ def cpt_widths(scale):
     return interval, f"{row['config']}, 1 seed, {record['data']['validation']['examples']} questions"
 
 
+def searched_over_seeds(scale, kind):
+    """([found minus mean of random ones, low, high], basis) of a kind of search in the summary over seeds, or None."""
+    searches = list((scale["summary"] or {}).get("searches", {}).get(kind, {}).values())
+    if len(searches) < 2:
+        return None
+    pair = [[found[key] for found in searches] for key in ("found", "mean_exact_match")]
+    return over_seeds(*pair), f"{len(searches)} seeds, summary"
+
+
 def searched(scale):
-    """([found minus mean of random ones, low, high], basis) of the search's first budget, or None."""
-    searches = list((scale["summary"] or {}).get("searches", {}).values())
-    if len(searches) > 1:
-        pair = [[found[key] for found in searches] for key in ("found", "mean_exact_match")]
-        return over_seeds(*pair), f"{len(searches)} seeds, summary"
+    """The same of the search's first budget, by the record of one seed where there is no summary."""
+    if found := searched_over_seeds(scale, "search_joint"):
+        return found
     record = first_record(scale, "search")
     random = next(iter(record["search"].values())).get("random") if record else None
     if not random:
@@ -251,11 +260,14 @@ def findings(scale):
         "rotation_free": compare(scale, ("lora_fp32", None), (f"ptq_rotated_{four}", None), True),
         "joint": compare(scale, ("switch_eval", four), ("static_w4_rotated", None)),
         "joint_ptq": compare(scale, ("switch_eval", four), (f"ptq_rotated_{four}", None)),
+        "joint_three": compare(scale, ("joint3_early", "W3A3KV3"), ("ptq_rotated_W3A3KV3", None)),
         "sequential": compare(scale, ("switch_eval", four), ("switch_sequential_eval", four)),
         "cpt_gain": compare(scale, (cyclic, eight), (static8, None)),
         "cpt_four": compare(scale, ("cpt_eval", four), ("static_w4_rotated", None)),
         "cpt_widths": cpt_widths(scale),
         "search": searched(scale),
+        "search_low": searched_over_seeds(scale, "search_lora"),
+        "search_operands": searched_over_seeds(scale, "search_operands"),
         "separator": compare(scale, ("separator_newline", None), ("separator_none", None)),
         "separator_space": compare(scale, ("separator_space", None), ("separator_none", None)),
     }

@@ -120,7 +120,7 @@ def describe(scale, bench, folder):
         values = list(by_seed(scale, step, config).values())
         served[name] = f"{statistics.mean(values):.1f}" if values else None
     assignments, budgets, ranks = tables.search_tables(scale)
-    trainings, operands, sizes = tables.summary_tables(scale)
+    trainings, operands, sizes, passes, searches = tables.summary_tables(scale)
     widths, range_test = tables.cyclic_tables(scale)
     return {
         **{name: scale[name] for name in ("key", "title", "note", "model", "trained", "seeds", "n", "blocks")},
@@ -135,6 +135,8 @@ def describe(scale, bench, folder):
         "trainings": trainings,
         "operands": operands,
         "sizes": sizes,
+        "passes": passes,
+        "searches": searches,
         "widths": widths,
         "range_test": range_test,
         "attack": tables.attack_table(first_record(scale, "attack_rpi"), scale["title"]),

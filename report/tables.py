@@ -34,6 +34,17 @@ TRAININGS = {
     "switch_sequential_eval": "switch_sequential",
 }
 
+UNPUBLISHED = {  # nobody has published these of GPT-2
+    "post-training in the rotated basis, 8 bits": ("ptq_rotated_W8A8KV8", None),
+    "post-training in the rotated basis, 4 bits": ("ptq_rotated_W4A4KV4", None),
+    "4-bit static in the rotated basis": ("static_w4_rotated", None),
+    **{
+        f"joint, rotated, 4 bits join late, {name}": ("switch_eval", config)
+        for name, config in (("8 bits", "W8A8KV8"), ("hybrid", "hybrid"), ("found", "found"), ("4 bits", "W4A4KV4"))
+    },
+    **{f"CPT, rotated, served at {bits} bits": ("cpt_eval", f"W{bits}A{bits}KV{bits}") for bits in (8, 7, 6, 5, 4)},
+}
+
 
 def em(found):
     """EM of one seed with its interval, or the mean over seeds with its range. found: [scores]."""
@@ -127,16 +138,16 @@ def objectives_table(scale):
 
 
 def summary_tables(scale):
-    """Of the summary over seeds: (trainings, loss by operand, both quantizers by the size of the outliers)."""
+    """Of the summary over seeds: trainings, loss by operand, quantizers by outliers' size, EM by passes, searches."""
     summary = scale["summary"]
     if not summary:
-        return None, None, None
-    trainings, operands, sizes = [], [], []
+        return None, None, None, None, None
+    trainings, operands, sizes, passes, searches = [], [], [], [], []
     for factor, methods in summary["methods"].items():
         for name, configs in methods.items():
-            cells = [configs.get(config) for config in ("W8A8KV8", "W4A4KV4")]
+            cells = [configs.get(config) for config in ("W8A8KV8", "W4A4KV4", "W3A3KV3")]
             cells = [f"{c['mean']:.1f} ({c['min']:.1f} – {c['max']:.1f})" if c else "-" for c in cells]
-            trainings.append([factor, name.replace("_", ", "), str(summary["steps"][name][1]), *cells])
+            trainings.append([factor, summary["labels"][name], str(summary["steps"][name][1]), *cells])
         for config in ("W8A8KV8", "W4A32KV32", "W32A4KV32", "W32A32KV4", "W4A8KV8", "W4A4KV4"):
             found = [methods[name] for name in ("ptq_minmax", "ptq_rotated")]
             losses = [shown(over_seeds(f["W32A32KV32"]["values"], f[config]["values"])) for f in found if config in f]
@@ -145,14 +156,25 @@ def summary_tables(scale):
         worst = max(row["outliers"][name][1] for name in ("attn.c_attn", "mlp.c_fc"))  # where they were put in
         cells = [row["float"], row["minmax"]["W8A8KV8"], row["minmax"]["W4A4KV4"], row["rotated"]["W4A4KV4"]]
         sizes.append([factor, f"{worst:.1f}", *(f"{value:.1f}" for value in cells)])
+    for number, found in summary["curves"].items():
+        adapter, joint = found["ptq_rotated"], found["joint"]
+        cells = [adapter["W32A32KV32"], adapter["W8A8KV8"], adapter["W4A4KV4"], joint["W8A8KV8"], joint["W4A4KV4"]]
+        passes.append([number, *(f"{c['mean']:.1f} ({c['min']:.1f} – {c['max']:.1f})" for c in cells)])
+    for kind, by_seed in summary["searches"].items():
+        for seed, row in by_seed.items():
+            bits = " / ".join(f"{row['average_bits'][f'average_{operand}_bits']:.2f}" for operand in ("w", "a", "kv"))
+            random = f"{row['mean_exact_match']:.1f}", f"{row['better_than_found']} of {row['number']}"
+            searches.append([summary["labels"][kind], seed, bits, f"{row['found']:.1f}", *random])
     seeds = f"{len(summary['seeds'])} seeds"
     return (
-        table(["outlier factor", "method", "passes", f"EM at 8 bits, {seeds}", f"EM at 4 bits, {seeds}"], trainings),
+        table(["factor", "method", "passes", f"EM at 8 bits, {seeds}", "at 4 bits", "at 3 bits"], trainings),
         table(["outlier factor", "bits", "loss of EM, MinMax [95 %]", "loss of EM, rotated [95 %]"], operands),
         table(
             ["outlier factor", "largest / median", "float", "MinMax, 8 bits", "MinMax, 4 bits", "rotated, 4 bits"],
             sizes,
         ),
+        table(["passes", "float32 adapter", "its 8 bits", "its 4 bits", "joint, 8 bits", "joint, 4 bits"], passes),
+        table(["widths, model", "seed", "bits of W / A / KV", "found, EM", "random, EM", "random better"], searches),
     )
 
 
@@ -237,6 +259,13 @@ def short(source):
     return source.partition("/")[0] if " " not in source else source
 
 
+def ours_of(scale, step, config):
+    """ "EM / F1" of a step's first record, empty where it was not measured."""
+    record = first_record(scale, step) if step else None
+    found = scores(record, config) if record and (not config or row_of(record, config)) else None
+    return f"{found['exact_match']:.1f} / {found['f1']:.1f}" if found else ""
+
+
 def published_tables(published, scales):
     """(EM and F1 published beside ours, other published figures). published: of reproduce/published.json."""
     rows, others = [], {"cpt": [], "attack": [], "rest": []}
@@ -248,22 +277,11 @@ def published_tables(published, scales):
                 [short(row["source"]), row["setting"], row["measure"], values]
             )
             continue
-        cells = []
-        for scale in scales:
-            record = first_record(scale, row["step"]) if row["step"] else None
-            found = (
-                scores(record, row["config"])
-                if record and (not row["config"] or row_of(record, row["config"]))
-                else None
-            )
-            cells.append(f"{found['exact_match']:.1f} / {found['f1']:.1f}" if found else "")
         theirs = " / ".join("-" if row[key] is None else f"{row[key]:.2f}" for key in ("exact_match", "f1"))
+        cells = [ours_of(scale, row["step"], row["config"]) for scale in scales]
         rows.append([short(row["source"]), row["setting"], theirs, *cells])
-    header = [
-        "source",
-        "setting",
-        "GPT-2 124M, published: EM / F1",
-        *(f"{scale['title']}: EM / F1" for scale in scales),
-    ]
+    for setting, (step, config) in UNPUBLISHED.items():
+        rows.append(["ours", setting, "-", *(ours_of(scale, step, config) for scale in scales)])
+    header = ["source", "setting", "GPT-2 124M, published: EM / F1", *(f"{s['title']}: EM / F1" for s in scales)]
     names = ["source", "setting", "measure", "published"]
     return table(header, rows), {group: table(names, found) for group, found in others.items()}

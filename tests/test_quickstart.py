@@ -158,14 +158,18 @@ def test_the_seeds_record_says_how_it_was_made(tmp_path):
     configs = [seeds.FLOAT, *seeds.OPERANDS]
     rows = [{"config": config, "exact_match": 50.0, "noise_floor": floor} for config in configs]
     scored = base | {"rows": rows, "metrics": {}, "outliers": {"transformer.h.0.mlp.c_fc": 3.0}}
-    names = ["ptq_minmax", "ptq_rotated", "floor_minmax", "floor_rotated", "eval_joint"]
-    records = {f"{name}_{factor}": scored for name in names for factor in seeds.ALL_FACTORS}
     trained = base | {"metrics": {"eval_exact_match": 40.0}}
-    records |= {f"{name}_{factor}": trained for name in ("lora", "joint") for factor in seeds.ALL_FACTORS}
+    joint = [method for method in seeds.METHODS if not method.startswith(("ptq", "static"))]
+    names = ["ptq_minmax", "ptq_rotated", "floor_minmax", "floor_rotated", "ptq_800", "eval_joint_800"]
+    names += [f"eval_{method}" for method in joint]
+    records = {f"{name}_{factor}": scored for name in names for factor in seeds.ALL_FACTORS}
+    names = ["lora", "static_minmax", "static_rotated", *joint]
+    records |= {f"{name}_{factor}": trained for name in names for factor in seeds.ALL_FACTORS}
     random = {"mean_exact_match": 1.0, "std_exact_match": 1.0, "better_than_found": 0, "number": 1}
-    row = {"config": "found", "average_w_bits": 6.0, "exact_match": 50.0}
-    found = base | {"rows": [row], "search": {"found": {"random": random}}}
-    records |= {"static_rotated_30": trained, "search_joint_30": found}
+    bits = {"average_w_bits": 6.0, "average_a_bits": 5.5, "average_kv_bits": 5.0}
+    rows = [{"config": "found", "exact_match": 50.0}, {"config": "first_last", "exact_match": 49.0}]
+    found = base | {"rows": rows, "search": {"found": {"random": random, "average_bits": bits}}}
+    records |= {f"{kind}_30": found for kind in seeds.SEARCHES}
     for name, record in records.items():
         (tmp_path / f"{name}_7.json").write_text(json.dumps(record))
     done = run("seeds.py", "--records", tmp_path, "--seeds", 7, "--output", tmp_path / "seeds.json")
@@ -176,6 +180,9 @@ def test_the_seeds_record_says_how_it_was_made(tmp_path):
     assert methods["static_rotated"]["W4A4KV4"]["mean"] == 40 and methods["joint"]["W8A8KV8"]["mean"] == 50
     assert methods["joint"]["W8A8KV8"]["noise_floor"] == [2, 0.1]
     assert made["records"]["joint_30_7"]["command"] == "python x.py"
+    assert made["curves"]["800"]["joint"]["W4A4KV4"]["mean"] == 50 and "1200" in made["curves"]
+    assert made["searches"]["search_operands"]["7"]["baselines"] == {"first_last": 49.0}
+    assert "| 7 | 6.00 / 5.50 / 5.00 | 50.0 | 1.0 (1.0) | 0 of 1 | 49.0 | - |" in done.stdout
     again = run("seeds.py", "--summary", tmp_path / "seeds.json")
     assert again.returncode == 0 and again.stdout in done.stdout
 
