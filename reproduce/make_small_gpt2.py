@@ -151,7 +151,7 @@ class PretrainingTrainer(ResumableTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ids = inputs["input_ids"]
         half = torch.bfloat16 if self.args.bf16 else torch.float32
-        with self.compute_loss_context_manager():
+        with torch.autocast(ids.device.type, half, enabled=self.args.bf16):  # accelerate's is in the model's forward
             hidden = model.transformer(ids, use_cache=False).last_hidden_state[:, :-1]
         hidden, weight = hidden.flatten(0, 1).to(half), model.lm_head.weight.to(half)
         loss = linear_cross_entropy(hidden, weight, ids[:, 1:].flatten(), options=CHUNKS).float()

@@ -76,10 +76,12 @@ def test_pretraining_makes_a_stock_model_with_a_record(pretrain, texts, tmp_path
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_loss_and_its_gradients_are_those_of_the_full_logits(bf16, pretrain, monkeypatch, tmp_path):
-    script, found = load_script("reproduce/make_small_gpt2.py"), []
+    script, found, dtypes = load_script("reproduce/make_small_gpt2.py"), [], set()
 
     def compute_loss(trainer, model, inputs, *args, **kwargs):
         ids = inputs["input_ids"]
+        linear = model.transformer.h[0].mlp.c_fc
+        linear.register_forward_hook(lambda *call: dtypes.add(call[-1].dtype))
         loss = original(trainer, model, inputs, *args, **kwargs)
         ours = torch.autograd.grad(loss, list(model.parameters()))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -92,6 +94,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_full_logits(bf16, pretrain,
     monkeypatch.setattr(script.PretrainingTrainer, "compute_loss", compute_loss)
     pretrain("--max_steps", 1, *(["--bf16"] if bf16 else []), output_dir=tmp_path)
     loss, full, *pairs = found[0]
+    assert dtypes == {torch.bfloat16 if bf16 else torch.float32}
     tolerance = 0.02 if bf16 else 1e-5
     torch.testing.assert_close(loss, full, rtol=tolerance, atol=0)
     for ours, reference in pairs:
