@@ -19,6 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from scipy.stats import t as student_t  # noqa: E402
 
+PUBLISHED = Path(__file__).resolve().parents[1] / "reproduce" / "published.json"
 NOTICE = "Tiny stand-in (made-up text, tiny GPT-2): shows that the code works, says nothing about GPT-2 on SQuAD."
 ROWS = {
     "full_fp32": ("full fine-tuning, float32", "32"),
@@ -32,23 +33,40 @@ ROWS = {
     "static_w4_minmax": ("LoRA trained at W4A4KV4, minmax", "4"),
     "static_w4_rotated": ("LoRA trained at W4A4KV4, rotated", "4"),
 }
-# What is published for GPT-2 124M (EM, F1), and where the quick start does the same: record, config.
+# Where the quick start does what is published for GPT-2: (source, setting) of reproduce/published.json, record, config.
+PTQ = "lihe07/llm_qat_test"
 OVERVIEW = {
-    "full fine-tuning, float32": (64.05, 75.10, "full_fp32", None),
-    "full fine-tuning, float16": (64.03, 75.16, None, None),
-    "LoRA, not quantized (published: bf16)": (69.39, 79.29, "lora_fp32", None),
-    "8-bit static": (63.83, 75.08, None, None),
-    "4-bit static": (42.76, 56.47, "static_w4_minmax", None),
-    "post-training, 8 bits (published: one scale a tensor)": (58.99, None, "ptq_minmax_W8A8KV8", None),
-    "post-training, 4 bits (published: one scale a tensor)": (0.09, None, "ptq_minmax_W4A4KV4", None),
-    "post-training, 4 bits, rotated (nothing published)": (None, None, "ptq_rotated_W4A4KV4", None),
-    "switchable, served at 8 bits": (67.53, 77.69, "switch_eval", "W8A8KV8"),
-    "switchable, hybrid of 4 and 8 bits": (60.98, 72.31, "switch_eval", "hybrid_4blocks"),
-    "switchable, served at 4 bits": (44.25, 57.47, "switch_eval", "W4A4KV4"),
-    "CPT, served at 8 bits": (63.54, 74.70, "cpt_eval", "W8A8KV8"),
-    "CPT, served at 7 bits": (63.77, 74.85, "cpt_eval", "W7A7KV7"),
-    "CPT, served at 6 bits": (63.05, 74.26, "cpt_eval", "W6A6KV6"),
-    "CPT, served at 4 bits": (41.19, 55.94, "cpt_eval", "W4A4KV4"),
+    "full fine-tuning, float32": (("QaLoF", "full fine-tuning, float32"), "full_fp32", None),
+    "full fine-tuning, float16": (("QaLoF", "full fine-tuning, float16"), None, None),
+    "LoRA, not quantized (published: bf16)": (("QaLoF", "LoRA, bf16, not quantized"), "lora_fp32", None),
+    "8-bit static": (("QaLoF", "8-bit static"), None, None),
+    "4-bit static": (("QaLoF", "4-bit static"), "static_w4_minmax", None),
+    "post-training, 8 bits (published: one scale a tensor)": (
+        (PTQ, "post-training, W8A8, one scale a tensor"),
+        "ptq_minmax_W8A8KV8",
+        None,
+    ),
+    "post-training, 4 bits (published: one scale a tensor)": (
+        (PTQ, "post-training, W4A4, one scale a tensor"),
+        "ptq_minmax_W4A4KV4",
+        None,
+    ),
+    "post-training, 4 bits, rotated (nothing published)": (None, "ptq_rotated_W4A4KV4", None),
+    "switchable, served at 8 bits": (("QaLoF", "switchable, served at 8 bits"), "switch_eval", "W8A8KV8"),
+    "switchable, hybrid of 4 and 8 bits": (
+        ("QaLoF", "switchable, hybrid (25 % of weights at 4)"),
+        "switch_eval",
+        "hybrid_4blocks",
+    ),
+    "switchable, served at 4 bits": (("QaLoF", "switchable, served at 4 bits"), "switch_eval", "W4A4KV4"),
+    **{
+        f"CPT, served at {bits} bits": (
+            ("QaLoF", f"CPT, served at {bits} bits"),
+            "cpt_eval",
+            f"W{bits}A{bits}KV{bits}",
+        )
+        for bits in (8, 7, 6, 4)
+    },
 }
 UNQUANTIZED = ("full fine-tuning, float32", "LoRA, not quantized (published: bf16)")
 
@@ -73,7 +91,8 @@ def overview_table(records):
     """Markdown: the published figures beside those of the quick start."""
     header = ["", "GPT-2 124M on SQuAD v1.1, published: EM / F1", "tiny stand-in, ours: EM / F1", "our quantizer"]
     rows = []
-    for label, (exact, f1, name, config) in OVERVIEW.items():
+    published = {(row["source"], row["setting"]): row for row in load(PUBLISHED)}
+    for label, (theirs, name, config) in OVERVIEW.items():
         cell, quantizer = "-", ""
         if name and (records / f"{name}.json").exists():
             record = load(records / f"{name}.json")
@@ -82,8 +101,9 @@ def overview_table(records):
                 scores = next(row for row in record["rows"] if row["config"] == config)
             cell = f"{scores['exact_match']:.1f} / {scores['f1']:.1f}"
             quantizer = record["bit_config"]["quantizer"] if label not in UNQUANTIZED else ""
-        published = " / ".join("-" if score is None else f"{score:.2f}" for score in (exact, f1))
-        rows.append([label, published, cell, quantizer])
+        scores = [published[theirs][key] if theirs else None for key in ("exact_match", "f1")]
+        shown_scores = " / ".join("-" if score is None else f"{score:.2f}" for score in scores)
+        rows.append([label, shown_scores, cell, quantizer])
     return markdown(header, rows)
 
 
