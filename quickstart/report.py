@@ -33,7 +33,7 @@ ROWS = {
     "static_w4_minmax": ("LoRA trained at W4A4KV4, minmax", "4"),
     "static_w4_rotated": ("LoRA trained at W4A4KV4, rotated", "4"),
 }
-# Where the quick start does what is published for GPT-2: (source, setting) of reproduce/published.json, record, config.
+# Where the quick start does what is published: (source, setting) of reproduce/published.json, record, config.
 PTQ = "lihe07/llm_qat_test"
 OVERVIEW = {
     "full fine-tuning, float32": (("QaLoF", "full fine-tuning, float32"), "full_fp32", None),
