@@ -21,7 +21,7 @@ from pathlib import Path
 from steps import STEPS
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXTS = ("description", "work", "model", "classifier_model", "train_file", "validation_file", "hybrid")
+TEXTS = ("description", "work", "model", "classifier_model", "train_file", "validation_file", "hybrid", "results")
 KEYS = (*TEXTS, "seed", "environment", "flags", "prepare", "steps", "finish")
 NAME = re.compile(r"\{(\+?\w+)\}")
 FLAGS = {name[1:] for command in STEPS.values() for name in NAME.findall(command) if name.startswith("+")}
@@ -126,9 +126,8 @@ def seconds_of(records, name):
     return json.loads(path.read_text(encoding="utf-8-sig")).get("wall_seconds") if path.exists() else None
 
 
-def time_left(waiting, done, scale):
-    """Text: what the waiting steps took in the committed records of this scale, else the mean of those done here."""
-    committed = ROOT / "results" / scale
+def time_left(waiting, done, committed):
+    """Text: what the waiting steps took by the committed records of this scale, else the mean of those done here."""
     known = {name: seconds_of(committed, name) for name in waiting}
     mean = sum(done) / len(done) if done else None
     if not done and None in known.values():
@@ -182,14 +181,14 @@ def main():
     for command in prepare:
         if status := execute(command, environment):
             sys.exit(status)
-    done = []
+    done, committed = [], ROOT / settings.get("results", "results")
     for index, (name, command) in enumerate(steps):
         place = f"reproduce: [{index + 1}/{len(steps)}] {name}"
         if (folder / "records" / f"{name}.json").exists():
             print(f"{place} is done", flush=True)
             continue
         waiting = [other for other, _ in steps[index:] if not (folder / "records" / f"{other}.json").exists()]
-        print(f"{place} ({time_left(waiting, done, path.stem)})\n  {command}", flush=True)
+        print(f"{place} ({time_left(waiting, done, committed)})\n  {command}", flush=True)
         (folder / "commands" / f"{name}.txt").write_text(command, encoding="utf-8")
         start = time.time()
         if status := execute(command, environment):
@@ -204,4 +203,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

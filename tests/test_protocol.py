@@ -123,16 +123,14 @@ def test_settings_that_cannot_be_read(text, tmp_path, monkeypatch):
             script.main()
 
 
-def test_the_time_left_is_that_of_the_committed_records(monkeypatch, tmp_path):
+def test_the_time_left_is_that_of_the_committed_records(tmp_path):
     script = load_script("reproduce/run.py")
     for name, seconds in (("one", 5400), ("two", 600)):
-        (tmp_path / "results" / "mine").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "results" / "mine" / f"{name}.json").write_text(json.dumps({"wall_seconds": seconds}))
-    monkeypatch.setattr(script, "ROOT", tmp_path)
-    assert script.time_left(["one", "two"], [], "mine") == "about 1.7 h left"
-    assert script.time_left(["two"], [3], "mine") == "about 10 min left"
-    assert script.time_left(["two", "three"], [60, 120], "mine") == "about 12 min left"
-    assert script.time_left(["three"], [], "mine") == "time left not known yet"
+        (tmp_path / f"{name}.json").write_text(json.dumps({"wall_seconds": seconds}))
+    assert script.time_left(["one", "two"], [], tmp_path) == "about 1.7 h left"
+    assert script.time_left(["two"], [3], tmp_path) == "about 10 min left"
+    assert script.time_left(["two", "three"], [60, 120], tmp_path) == "about 12 min left"
+    assert script.time_left(["three"], [], tmp_path) == "time left not known yet"
 
 
 @pytest.mark.parametrize("scale", SCALES)
