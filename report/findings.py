@@ -214,13 +214,30 @@ def cpt_widths(scale):
     return interval, f"{row['config']}, 1 seed, {record['data']['validation']['examples']} questions"
 
 
+def rank_test(not_beaten, numbers):
+    """Exact one-sided p: chance that so few random assignments do as well, if found ones were drawn like them.
+
+    not_beaten: random ones as good as the found one or better, summed over searches; numbers: random ones of each.
+    Under this hypothesis the rank of each found one is uniform, and the searches are independent.
+    """
+    ways = [1]
+    for number in numbers:
+        ways = [sum(ways[max(0, k - number) : k + 1]) for k in range(len(ways) + number)]
+    return sum(ways[: not_beaten + 1]) / sum(ways)
+
+
 def searched_over_seeds(scale, kind):
     """([found minus mean of random ones, low, high], basis) of a kind of search in the summary over seeds, or None."""
     searches = list((scale["summary"] or {}).get("searches", {}).get(kind, {}).values())
     if len(searches) < 2:
         return None
     pair = [[found[key] for found in searches] for key in ("found", "mean_exact_match")]
-    return over_seeds(*pair), f"{len(searches)} seeds, summary"
+    counts = [found["exact_match"] for found in searches]
+    not_beaten = sum(count["random_better"] + count["equal"] for count in counts)
+    p = rank_test(not_beaten, [found["number"] for found in searches])
+    total = sum(found["number"] for found in searches)
+    basis = f"{len(searches)} seeds, summary: {not_beaten} of {total} random as good, p {p:.2g}"
+    return over_seeds(*pair), basis, p
 
 
 def searched(scale):
@@ -236,9 +253,14 @@ def searched(scale):
 
 
 def verdict(gap, rule="above"):
-    """holds, does not hold, not shown or not measured. rule: above zero, or none (below MARGIN)."""
+    """holds, does not hold, not shown or not measured. rule: above zero, or none (below MARGIN).
+
+    A third part of gap is the p of an exact test, which then decides.
+    """
     if gap is None:
         return "not measured"
+    if len(gap) == 3:
+        return "holds" if gap[2] <= 0.025 else "does not hold" if gap[2] >= 0.975 else "not shown"
     _, low, high = gap[0]
     if low is None:
         return "not shown"
@@ -266,6 +288,7 @@ def findings(scale):
         "cpt_four": compare(scale, ("cpt_eval", four), ("static_w4_rotated", None)),
         "cpt_widths": cpt_widths(scale),
         "search": searched(scale),
+        "search_mixed": searched_over_seeds(scale, "search_mixed"),
         "search_low": searched_over_seeds(scale, "search_lora"),
         "search_operands": searched_over_seeds(scale, "search_operands"),
         "separator": compare(scale, ("separator_newline", None), ("separator_none", None)),

@@ -98,8 +98,11 @@ def plan(settings, path, work, seed):
         for own_seed in seeds:
             for step in names:
                 run = step if own_seed == seed else f"{step}_{own_seed}"
-                done = {name: f"{work}/runs/{name}" for name in STEPS if name in runs}
-                done |= {name: f"{work}/runs/{name}_{own_seed}" for name in STEPS if f"{name}_{own_seed}" in runs}
+                done = {}
+                for name in STEPS:  # of the same seed, or else of the first
+                    for made in (name, f"{name}_{own_seed}"):
+                        if made in runs:
+                            done |= {name: f"{work}/runs/{made}", f"{name}_record": f"{work}/records/{made}.json"}
                 own = {"seed": own_seed, "own": f"{work}/runs/{run}", "record": f"{work}/records/{run}.json"}
                 try:
                     runs[run] = fill(STEPS[step], values | done | own)

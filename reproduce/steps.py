@@ -1,8 +1,9 @@
 """The steps of the protocol: one command each, whatever the scale.
 
-{own} is the step's folder, {record} its record, {seed} its seed; another step's name is that step's folder. {work},
-{model}, {classifier_model}, {train_file}, {validation_file} and {hybrid} stand in the settings; {+name} are its flags
-of that name, nothing where it has none. An upper-case name is an environment variable.
+{own} is the step's folder, {record} its record, {seed} its seed; {lora_fp32} is the folder of that step, and
+{lora_fp32_record} its record. {work}, {model}, {classifier_model}, {train_file}, {validation_file} and {hybrid} stand in
+the settings; {+name} are its flags of that name, nothing where it has none. An upper-case name is an environment
+variable.
 """
 
 DATA = "TRAIN_FILE={train_file} VALIDATION_FILE={validation_file} OUTPUT_DIR={own}"
@@ -70,7 +71,7 @@ STEPS = {
     "switch_minmax": train("switch_precision", "--bit_widths 4 8 --quantizer minmax --curriculum 0"),
     "switch_sequential": train("switch_precision", "--bit_widths 4 8 --objective sequential {+sequential}"),
     "sensitivity": qa("switch_precision/sweep.sh", "switch_train", ON_TRAINING, "{+sensitivity}"),
-    "search": "SENSITIVITY_FILE={sensitivity}/sensitivity.json "
+    "search": "SENSITIVITY_FILE={sensitivity_record} "
     + qa("switch_precision/search.sh", "switch_train", ON_TRAINING, "{+search}"),
     "switch_eval": served("switch_train", SERVED),
     "switch_minmax_eval": served("switch_minmax", SERVED),

@@ -15,7 +15,7 @@ from conftest import ROOT, load_script
 SCALES = sorted(path.stem for path in (ROOT / "reproduce" / "settings").glob("*.json"))
 STEPS = {  # steps that only note that they ran
     "first": "test ! -e {work}/fail; echo first {seed} {+training} >>{work}/log; cp {work}/one {record}",
-    "second": "echo second {seed} {first} {own} >>{work}/log; cp {work}/one {record}",
+    "second": "test -e {first_record}; echo second {seed} {first} {own} >>{work}/log; cp {work}/one {record}",
     "silent": "true",
     "home": "cp {A_FILE} {record}",
 }
@@ -77,7 +77,8 @@ def test_dry_run_and_only(protocol, tmp_path, capfd):
     assert protocol("--dry_run", prepare=["echo {work}"]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert len(lines) == 3 and lines[1].startswith("test ! -e '") and not (tmp_path / "my work" / "log").exists()
-    assert protocol("--only", "second") == 0 and [line.split()[0] for line in log(tmp_path)] == ["second"]
+    assert protocol("--only", "second") == 1, "it needs the record of the first"
+    assert protocol("--only", "first") == 0 and [line.split()[0] for line in log(tmp_path)] == ["first"]
     assert "--only x: not in" in protocol("--only", "x")
 
 

@@ -120,6 +120,16 @@ def test_intervals():
     assert findings.shown([-0.04, -1.0, 0.5]) == "+0.0 [−1.0, +0.5]"
 
 
+def test_exact_rank_test_of_searches():
+    """Chance that a found assignment is beaten so seldom: by hand, (n + 1) equally likely ranks each."""
+    assert findings.rank_test(0, [1]) == 1 / 2 and findings.rank_test(0, [20, 20, 20]) == 1 / 21**3
+    assert findings.rank_test(1, [20, 20, 20]) == 4 / 21**3 and findings.rank_test(1, [1, 1]) == 3 / 4
+    assert findings.rank_test(60, [20, 20, 20]) == 1
+    wide = [5.0, -3.0, 13.0]
+    assert findings.verdict((wide, "")) == "not shown" and findings.verdict((wide, "", 0.001)) == "holds"
+    assert findings.verdict((wide, "", 0.03)) == "not shown" and findings.verdict((wide, "", 0.99)) == "does not hold"
+
+
 def test_published_figures_name_steps_of_the_protocol():
     rows = json.loads((ROOT / "reproduce" / "published.json").read_text())
     assert all({"source", "setting", "exact_match", "f1", "step", "config"} <= set(row) for row in rows)
