@@ -109,7 +109,7 @@ def plan(settings, path, work, seed):
                 except KeyError as missing:
                     (name,) = missing.args
                     where = "set this environment variable" if name.isupper() else "this step must come before it"
-                    raise ValueError(f"{path}: {run} needs {name}: {where}") from None
+                    raise ValueError(f"{path}: {run} needs {name.removesuffix('_record')}: {where}") from None
     return list(runs.items())
 
 

@@ -1,8 +1,8 @@
 """The steps of the protocol: one command each, whatever the scale.
 
 {own} is the step's folder, {record} its record, {seed} its seed; {lora_fp32} is the folder of that step, and
-{lora_fp32_record} its record. {work}, {model}, {classifier_model}, {train_file}, {validation_file} and {hybrid} stand in
-the settings; {+name} are its flags of that name, nothing where it has none. An upper-case name is an environment
+{lora_fp32_record} its record. {work}, {model}, {classifier_model}, {train_file}, {validation_file} and {hybrid} stand
+in the settings; {+name} are its flags of that name, nothing where it has none. An upper-case name is an environment
 variable.
 """
 
