@@ -8,6 +8,7 @@ import statistics
 
 from scipy.stats import t as student_t
 
+LEVEL = 0.025  # one-sided p of an exact test up to which an effect holds
 MARGIN = 2.0  # points: a loss or gain whose interval stays below it counts as none
 LOW_BLOCKS = 1 / 3  # early blocks are the first third, late blocks the last
 
@@ -260,7 +261,7 @@ def verdict(gap, rule="above"):
     if gap is None:
         return "not measured"
     if len(gap) == 3:
-        return "holds" if gap[2] <= 0.025 else "does not hold" if gap[2] >= 0.975 else "not shown"
+        return "holds" if gap[2] <= LEVEL else "does not hold" if gap[2] >= 1 - LEVEL else "not shown"
     _, low, high = gap[0]
     if low is None:
         return "not shown"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import figures
 import tables
-from findings import MARGIN, by_seed, findings, first_record, low_flips
+from findings import LEVEL, MARGIN, by_seed, findings, first_record, low_flips
 
 HERE = Path(__file__).resolve().parent
 PUBLISHED = HERE.parent / "reproduce" / "published.json"
@@ -166,6 +166,7 @@ def build(folders, work):
         "others": others,
         "sources": sorted({row["source"] for row in known}),
         "margin": f"{MARGIN:g}",
+        "level": f"{LEVEL:g}",
     }
 
 
