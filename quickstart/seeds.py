@@ -70,9 +70,6 @@ def spread(values):
 
 def scores_of(folder, method, at):
     """({config: EM}, {config: noise floor}, record of the evaluation, record of the training) of one run."""
-    if method.startswith("static"):
-        record = load(folder / f"{method}_{at}.json")
-        return {FOUR: record["metrics"]["eval_exact_match"]}, {}, record, record
     ptq = method.startswith("ptq")
     record = load(folder / f"{method if ptq else f'eval_{method}'}_{at}.json")
     rows = {row["config"]: row for row in record["rows"]}

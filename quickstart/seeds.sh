@@ -84,6 +84,7 @@ for seed in "${seeds[@]}"; do
     for quantizer in minmax rotated; do
         run "static_${quantizer}_$at" base_model/train.sh "$model" --seed "$seed" "${training[@]}" --max_steps 1200 \
             --bit_widths 4 --quantizer "$quantizer"
+        scores "eval_static_${quantizer}_$at" "$work/runs/seeds/static_${quantizer}_$at" --bit_configs 4
     done
     joint joint3 3 --max_steps 1091
     joint joint3_early 3 --max_steps 857 --curriculum 0.6

@@ -159,12 +159,11 @@ def test_the_seeds_record_says_how_it_was_made(tmp_path):
     rows = [{"config": config, "exact_match": 50.0, "noise_floor": floor} for config in configs]
     scored = base | {"rows": rows, "metrics": {}, "outliers": {"transformer.h.0.mlp.c_fc": 3.0}}
     trained = base | {"metrics": {"eval_exact_match": 40.0}}
-    joint = [method for method in seeds.METHODS if not method.startswith(("ptq", "static"))]
+    trainings = [method for method in seeds.METHODS if not method.startswith("ptq")]
     names = ["ptq_minmax", "ptq_rotated", "floor_minmax", "floor_rotated", "ptq_800", "eval_joint_800"]
-    names += [f"eval_{method}" for method in joint]
+    names += [f"eval_{method}" for method in trainings]
     records = {f"{name}_{factor}": scored for name in names for factor in seeds.ALL_FACTORS}
-    names = ["lora", "static_minmax", "static_rotated", *joint]
-    records |= {f"{name}_{factor}": trained for name in names for factor in seeds.ALL_FACTORS}
+    records |= {f"{name}_{factor}": trained for name in ("lora", *trainings) for factor in seeds.ALL_FACTORS}
     random = {"mean_exact_match": 1.0, "std_exact_match": 1.0, "better_than_found": 0, "number": 1}
     bits = {"average_w_bits": 6.0, "average_a_bits": 5.5, "average_kv_bits": 5.0}
     rows = [{"config": "found", "exact_match": 50.0}, {"config": "first_last", "exact_match": 49.0}]
@@ -177,7 +176,7 @@ def test_the_seeds_record_says_how_it_was_made(tmp_path):
     made = json.loads((tmp_path / "seeds.json").read_text())
     assert "seeds.py --records" in made["command"] and made["git"]["commit"] and made["versions"]["torch"]
     methods = made["methods"]["30"]
-    assert methods["static_rotated"]["W4A4KV4"]["mean"] == 40 and methods["joint"]["W8A8KV8"]["mean"] == 50
+    assert methods["static_rotated"]["W4A4KV4"]["mean"] == 50 and methods["joint"]["W8A8KV8"]["mean"] == 50
     assert methods["joint"]["W8A8KV8"]["noise_floor"] == [2, 0.1]
     assert made["records"]["joint_30_7"]["command"] == "python x.py"
     assert made["curves"]["800"]["joint"]["W4A4KV4"]["mean"] == 50 and "1200" in made["curves"]
