@@ -162,3 +162,16 @@ def test_folder_without_records_and_missing_typst_are_one_line(tmp_path):
     assert (
         done.returncode == 1 and done.stderr == "error: the report needs typst: pip install -r requirements-dev.txt\n"
     )
+
+
+def test_published_table_of_the_page_and_a_scale_that_fills_its_column(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text((ROOT / "reproduce" / "README.md").read_text())
+    command = [sys.executable, ROOT / "reproduce" / "table.py"]
+    done = subprocess.run([*command, "--pages", page], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert page.read_text() == (ROOT / "reproduce" / "README.md").read_text(), "reproduce/README.md says how"
+    found = subprocess.run([*command, "--gpt2", RESULTS / "quickstart"], capture_output=True, text=True).stdout
+    lora = json.loads((RESULTS / "quickstart" / "lora_fp32.json").read_text())["metrics"]
+    assert f"| `lora_fp32` | {lora['eval_exact_match']:.1f} / {lora['eval_f1']:.1f} |" in found
+    assert "| ours | post-training in the rotated basis, 4 bits | - | `ptq_rotated_W4A4KV4` | 8" in found
