@@ -17,7 +17,7 @@ fi
 own_folder WORK "${WORK:-$root/quickstart/work}" .quickstart
 work="$folder"
 if [[ "$*" == --fresh ]]; then # only what this script and seeds.sh make
-    rm -rf -- "$work"/{data,model,topics,runs,records,commands,code,quickstart.md,quickstart.png,seeds,seeds.json}
+    rm -rf -- "$work"/{data,model,topics,runs,records,commands,code,quickstart.md,quickstart.png,report.pdf,report.json,seeds,seeds.json}
 fi
 
 venv="$(bash "$root/tests/make_venv.sh")"

@@ -76,12 +76,12 @@ def read_records(folder):
     return records
 
 
-def read_scale(folder):
-    """A scale: its records, the summary over seeds beside them, and what model and data it is."""
+def read_scale(folder, key):
+    """A scale: its records, the summary over seeds beside them, and what model and data it is. key: of TITLES."""
     records = read_records(folder)
     summary = folder.parent / f"{folder.name}_seeds.json"
-    title, note = TITLES.get(folder.name, (folder.name, ""))
-    scale = {"key": folder.name, "title": title, "note": note, "records": records}
+    title, note = TITLES.get(key, (key, ""))
+    scale = {"key": key, "title": title, "note": note, "records": records}
     scale["summary"] = read_if(summary)
     scale["n"] = scale["blocks"] = 0
     model, trained, seeds = "", "", []
@@ -145,12 +145,12 @@ def describe(scale, bench, folder):
 
 
 def build(folders, work):
-    """The data of the report; the figures go into the folder `work`."""
-    results, scales = folders[0].parent, []
+    """The data of the report; the figures go into the folder `work`. folders: {scale: folder of its records}."""
+    results, scales = next(iter(folders.values())).parent, []
     bench = tables.benchmark(*(read_if(results / f"{name}.json") for name in ("benchmark", "bench_rotated_forward")))
-    for folder in folders:
+    for key, folder in folders.items():
         try:
-            scales.append(read_scale(folder))
+            scales.append(read_scale(folder, key))
             scales[-1]["described"] = describe(scales[-1], bench, work)
         except (LookupError, TypeError, AttributeError, ValueError) as fault:
             fail(f"{folder}: broken record: {type(fault).__name__}: {fault}")
@@ -173,6 +173,7 @@ def build(folders, work):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--records", type=Path, default=Path("results/small"), help="folder of the records")
+    parser.add_argument("--scale", choices=TITLES, help="what the records are of (default: the folder's name)")
     parser.add_argument("--stand_in", type=Path, default=Path("results/quickstart"), help="records shown beside them")
     parser.add_argument("--output", type=Path, default=Path("report/report.pdf"), help="the PDF; its data as .json")
     args = parser.parse_args()
@@ -180,7 +181,8 @@ def main():
         import typst
     except ImportError:
         fail("the report needs typst: pip install -r requirements-dev.txt")
-    folders = [args.records] + [args.stand_in] * (args.stand_in.resolve() != args.records.resolve())
+    folders = {args.scale or args.records.resolve().name: args.records}
+    folders |= {args.stand_in.name: args.stand_in} if args.stand_in.resolve() != args.records.resolve() else {}
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         data = build(folders, work)

@@ -109,7 +109,11 @@ def search_tables(scale):
             )
     for low, found in sweep["rank_correlations"].items() if sweep else []:
         ranks += [
-            [name.replace("_", " "), low, *(f"{value:+.2f}".replace("-", "−") for value in values.values())]
+            [
+                name.replace("_", " "),
+                low,
+                *("-" if value is None else f"{value:+.2f}".replace("-", "−") for value in values.values()),
+            ]
             for name, values in found.items()
         ]
     measures = next(iter(next(iter(sweep["rank_correlations"].values())).values())) if ranks else []

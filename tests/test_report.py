@@ -84,6 +84,16 @@ def test_records_that_are_not_there_are_said_to_be_absent(records, tmp_path):
     assert built(records, tmp_path)[0]["scales"][0]["findings"]["collapse"]["verdict"] == "not measured"
 
 
+def test_rank_correlation_that_is_not_defined(records, tmp_path):
+    def edit(record):
+        for scores in record["rank_correlations"].values():
+            scores["first_order"]["kl"] = None
+
+    change(records, "sensitivity", edit)
+    data, _ = built(records, tmp_path)
+    assert ["first order", "W4A4KV4", "-"] in [row[:3] for row in data["scales"][0]["ranks"]["rows"]]
+
+
 def test_two_scales_have_columns_of_their_own_and_seeds_give_verdicts(records, tmp_path):
     small = shutil.copytree(records, records.parent / "small")
     for seed, low in ((43, 79.0), (44, 78.0)):
