@@ -140,8 +140,13 @@ def time_left(waiting, done, committed):
 
 
 def execute(command, environment):
-    """Run a command in the root of the repository; its exit status."""
-    return subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=ROOT, env=environment).returncode
+    """Run a command in the root of the repository; its exit status. Ctrl-C reaches it too, and is waited for."""
+    with subprocess.Popen(["bash", "-euo", "pipefail", "-c", command], cwd=ROOT, env=environment) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
 
 
 def main():

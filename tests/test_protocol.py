@@ -5,8 +5,10 @@ That the commands of the steps are understood is tested in test_readme_commands.
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -132,6 +134,18 @@ def test_the_time_left_is_that_of_the_committed_records(tmp_path):
     assert script.time_left(["two"], [3], tmp_path) == "about 10 min left"
     assert script.time_left(["two", "three"], [60, 120], tmp_path) == "about 12 min left"
     assert script.time_left(["three"], [], tmp_path) == "time left not known yet"
+
+
+def test_ctrl_c_waits_for_the_command_that_runs(tmp_path):
+    saves = "trap 'sleep 0.5; touch {work}/saved; exit 1' INT; touch {work}/ready; sleep 60 & wait"
+    settings = {"work": str(tmp_path), "model": "gpt2", "seed": 1, "steps": ["lora_fp32"], "prepare": [saves]}
+    (tmp_path / "mine.json").write_text(json.dumps(settings))
+    command = [sys.executable, ROOT / "reproduce" / "run.py", tmp_path / "mine.json"]
+    process = subprocess.Popen(command, start_new_session=True)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=20) == 130 and (tmp_path / "saved").exists()
 
 
 @pytest.mark.parametrize("scale", SCALES)
