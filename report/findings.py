@@ -10,6 +10,7 @@ from scipy.stats import t as student_t
 
 LEVEL = 0.025  # one-sided p of an exact test up to which an effect holds
 MARGIN = 2.0  # points: a loss or gain whose interval stays below it counts as none
+LEAST_F1 = 30.0  # of the float adapter: below it a model reads too little for any finding on its answers to be shown
 LOW_BLOCKS = 1 / 3  # early blocks are the first third, late blocks the last
 
 
@@ -296,9 +297,12 @@ def findings(scale):
         "separator_space": compare(scale, ("separator_space", None), ("separator_none", None)),
     }
     none = ("cpt_gain", "cpt_widths", "eight_free", "rotation_free")
-    found = {}
+    adapter = first_record(scale, "lora_fp32")
+    weak = bool(adapter) and scores(adapter)["f1"] < LEAST_F1
+    attacks, found = attack_findings(None), {}
     for key, gap in gaps.items():
         measured, basis = (shown(gap[0]), gap[1]) if gap else ("", "")
         rule = "none" if key in none else "above"
-        found[key] = {"measured": measured, "basis": basis, "verdict": verdict(gap, rule), "gap": gap and gap[0]}
+        judged = "not shown" if gap and weak and key not in attacks else verdict(gap, rule)
+        found[key] = {"measured": measured, "basis": basis, "verdict": judged, "gap": gap and gap[0]}
     return found

@@ -94,6 +94,16 @@ def test_rank_correlation_that_is_not_defined(records, tmp_path):
     assert ["first order", "W4A4KV4", "-"] in [row[:3] for row in data["scales"][0]["ranks"]["rows"]]
 
 
+def test_a_model_that_reads_too_little_shows_nothing(records, tmp_path):
+    change(records, "lora_fp32", lambda record: record["metrics"].update(eval_f1=29.9))
+    data, _ = built(records, tmp_path)
+    found = {key: finding["verdict"] for key, finding in data["scales"][0]["findings"].items()}
+    assert set(found.values()) == {"not shown", "not measured"} and found["cpt_widths"] == "not shown"
+    change(records, "lora_fp32", lambda record: record["metrics"].update(eval_f1=30.0))
+    data, _ = built(records, tmp_path)
+    assert data["scales"][0]["findings"]["cpt_widths"]["verdict"] == "holds"
+
+
 def test_two_scales_have_columns_of_their_own_and_seeds_give_verdicts(records, tmp_path):
     small = shutil.copytree(records, records.parent / "small")
     for seed, low in ((43, 79.0), (44, 78.0)):
