@@ -333,6 +333,14 @@ def test_tokenizer_larger_than_the_embedding(run, tmp_path, tiny_model):
         run(model=folder)
 
 
+def test_evaluation_keeps_its_order_where_training_groups_by_length(run):
+    flags = ("--per_device_eval_batch_size", 2)
+    plain = run(*flags, train=False, out="plain")
+    grouped = run(*flags, "--train_sampling_strategy", "group_by_length", train=False, out="grouped")
+    for key in ("eval_exact_match", "eval_f1", "eval_loss"):
+        assert grouped["metrics"][key] == plain["metrics"][key]
+
+
 def test_padding_is_on_the_right_and_evaluation_has_no_mask(run, tmp_path, tiny_model, monkeypatch):
     folder, masks = tmp_path / "left", []
     shutil.copytree(tiny_model, folder)

@@ -4,6 +4,7 @@ import itertools
 import os
 
 import torch
+from torch.utils.data import SequentialSampler
 from transformers import Trainer
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
@@ -131,6 +132,10 @@ class StepMeanTrainer(ResumableTrainer):
                 f"{self.args.train_batch_size} on each of {self.args.world_size} processes"
             )
         return loader
+
+    def _get_eval_sampler(self, eval_dataset):
+        """In the order of the features, by which predictions are matched with questions: upstream groups by length."""
+        return SequentialSampler(eval_dataset) if self.args.world_size == 1 else None
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Without --dataloader_drop_last, which is about training: every sample is evaluated."""
