@@ -28,7 +28,7 @@ cd "$root"  # records show commands and paths relative to here
 sources() {
     cat quickstart/*.py quickstart/run.sh quickstart/*.json reproduce/run.py reproduce/steps.py reproduce/settings/tiny.json
     find base_model switch_precision cpt adv_attack -name results -prune -o -name "*.py" -print0 -o -name "*.sh" -print0 \
-        -o -name "*.c" -print0 | LC_ALL=C sort -z | xargs -0 cat
+        -o -name "*.[ch]" -print0 | LC_ALL=C sort -z | xargs -0 cat
 }
 code="$(sources | sha256sum | cut -d ' ' -f 1)-$seed"
 if [[ "$(cat "$work/code" 2>/dev/null || true)" != "$code" ]]; then

@@ -21,7 +21,7 @@ def governed(root):
     found = {}
     for folder in (root / name for name in FOLDERS):
         files = [folder / name for name in TOP_LEVEL] + [*folder.glob("common/**/*"), *folder.glob("models/**/*")]
-        for file in sorted(f for f in files if f.is_file() and f.suffix in (".py", ".c", ".sh")):
+        for file in sorted(f for f in files if f.is_file() and f.suffix in (".py", ".c", ".h", ".sh")):
             found.setdefault(file.relative_to(folder).as_posix(), []).append(file)
     return found
 

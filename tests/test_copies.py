@@ -101,8 +101,8 @@ def used_files(folder):
                 start = path.parents[node.level - 1] if node.level else folder
                 module = start.joinpath(*(node.module or "").split("."))
                 waiting += [module.with_suffix(".py"), *(module / f"{alias.name}.py" for alias in node.names)]
-            elif isinstance(node, ast.Constant) and node.value == "kernels.c":
-                found.add(path.with_name("kernels.c"))
+            elif isinstance(node, ast.Constant) and node.value in ("kernels.c", "attention.c"):
+                found |= {path.with_name(node.value), path.with_name("vectors.h")}
             elif isinstance(node, ast.Constant) and node.value == "squad_metric":
                 waiting.append(path.parent / "squad_metric" / "squad_metric.py")
     return found
@@ -111,5 +111,5 @@ def used_files(folder):
 @pytest.mark.parametrize("name", check_copies.FOLDERS)
 def test_a_folder_holds_only_what_it_uses(name):
     folder = ROOT / name
-    held = {path for kind in ("py", "c") for path in folder.rglob(f"*.{kind}")}
+    held = {path for kind in ("py", "c", "h") for path in folder.rglob(f"*.{kind}")}
     assert sorted(str(path.relative_to(folder)) for path in held - used_files(folder)) == []

@@ -1,4 +1,4 @@
-"""kernels.c against torch in float64, the fallback to torch's operators, and where neither may be mixed up."""
+"""The C files against torch in float64, the fallback to torch's operators, and where neither may be mixed up."""
 
 import logging
 import shutil

@@ -1,4 +1,4 @@
-"""Causal attention of integer execution: kernels.c where it applies, else transformers' SDPA.
+"""Causal attention of integer execution: attention.c where it applies, else transformers' SDPA.
 
 On a CPU torch's fused attention is about a third of a forward on integers; it multiplies every query with the keys
 behind it as well. The kernel is for float32, heads of 64 features (every size of GPT-2 has them) and a plain causal

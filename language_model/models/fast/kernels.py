@@ -1,6 +1,6 @@
-"""kernels.c for Python: what a CPU computes around the integer products, with each tensor read once.
+"""kernels.c and attention.c for Python: what a CPU computes around the integer products, each tensor read once.
 
-The file is compiled when it is first needed (half a second, once a process). Where that fails, and for tensors that
+They are compiled when they are first needed (half a second, once a process). Where that fails, and for tensors that
 are not float32 on a CPU, integer.py and torch's own operators compute the same in more passes.
 """
 
@@ -16,9 +16,10 @@ import tempfile
 import torch
 
 logger = logging.getLogger(__name__)
-SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels.c")
+FOLDER = os.path.dirname(os.path.abspath(__file__))
+SOURCES = [os.path.join(FOLDER, name) for name in ("kernels.c", "attention.c")]
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"]
-HEAD_SIZE, CHUNK, BLOCK = 64, 64, 4  # as in kernels.c
+HEAD_SIZE, CHUNK, BLOCK = 64, 64, 4  # as in vectors.h and attention.c
 LONG, FLOAT, INT = ctypes.c_long, ctypes.c_float, ctypes.c_int
 
 
@@ -49,13 +50,13 @@ def compiled():
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "kernels.so")
-            command = [*compiler.split(), *FLAGS, *width, "-shared", "-fPIC", SOURCE, "-o", path, "-lm"]
+            command = [*compiler.split(), *FLAGS, *width, "-shared", "-fPIC", *SOURCES, "-o", path, "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True)
             found = ctypes.CDLL(path)
     except (OSError, subprocess.CalledProcessError) as error:
         failed = isinstance(error, subprocess.CalledProcessError)
         reason = error.stderr.strip().partition("\n")[0] or f"exit status {error.returncode}" if failed else error
-        logger.warning("no compiled kernels, so integer execution takes longer: %s, kernels.c: %s", compiler, reason)
+        logger.warning("no compiled kernels, so integer execution takes longer: %s: %s", compiler, reason)
         return None
     for name, signature in SIGNATURES.items():
         getattr(found, name).argtypes, getattr(found, name).restype = signature, None
