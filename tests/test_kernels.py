@@ -235,6 +235,7 @@ def test_torch_compile_gets_torchs_operators(monkeypatch):
 
 
 def test_the_c_file_compiles_without_warnings(tmp_path):
-    command = ["cc", *kernels.FLAGS, "-Wall", "-Wextra", "-Werror", "-c", *kernels.SOURCES, "-o", str(tmp_path / "k.o")]
+    strict = ["-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    command = ["cc", *kernels.FLAGS, *strict, *kernels.SOURCES, "-o", str(tmp_path / "k.so")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
