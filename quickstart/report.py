@@ -10,14 +10,16 @@ python quickstart/report.py --compare results/cpt_compare.json --pages cpt/READM
 import argparse
 import functools
 import json
-import statistics
+import sys
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from scipy.stats import t as student_t  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "report"))
+from findings import over_seeds  # noqa: E402
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "reproduce" / "published.json"
 NOTICE = "Tiny stand-in (made-up text, tiny GPT-2): shows that the code works, says nothing about GPT-2 on SQuAD."
@@ -109,12 +111,8 @@ def overview_table(records):
 
 def paired_difference(first, second):
     """Mean of first - second over the seeds, with its 95 % t-interval, as text."""
-    found = [a - b for a, b in zip(first, second, strict=True)]
-    mean = statistics.mean(found)
-    if len(found) < 2:
-        return f"{mean:+z.1f}"
-    half = student_t.ppf(0.975, len(found) - 1) * statistics.stdev(found) / len(found) ** 0.5
-    return f"{mean:+z.1f} [{mean - half:+z.1f}, {mean + half:+z.1f}]"
+    mean, low, high = over_seeds(first, second)
+    return f"{mean:+z.1f}" if low is None else f"{mean:+z.1f} [{low:+z.1f}, {high:+z.1f}]"
 
 
 def compare_table(record):

@@ -9,7 +9,6 @@ token is for the rest of the row. The mean over the tokens of the calibration wi
 they are, balanced (x / s), rotated (random signs and Hadamard blocks), both.
 """
 
-import contextlib
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "base_model"))
 from common.arguments import CheckpointArguments, DataTrainingArguments  # noqa: E402
-from common.calibration import calibrate  # noqa: E402
+from common.calibration import as_calibrated, calibrate  # noqa: E402
 from common.data import calibration_windows, load_data  # noqa: E402
 from common.flags import parse_args  # noqa: E402
 from common.loading import load_model, load_tokenizer  # noqa: E402
@@ -55,9 +54,7 @@ def measure(model, windows, rotations):
         return hook
 
     hooks = [layer.register_forward_pre_hook(add(name)) for name, layer in layers.items()]
-    widths = [int(key) for key in model.config.lora_bank or () if key != "shared"]
-    highest = model.at_bits(max(widths)) if widths else contextlib.nullcontext()  # as in the calibration
-    with torch.no_grad(), highest, model.quantization_off():
+    with torch.no_grad(), as_calibrated(model):
         for window in windows:
             model.transformer(torch.tensor([window]), use_cache=False)
     for hook in hooks:

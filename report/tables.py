@@ -92,7 +92,7 @@ def table(header, rows):
 
 
 def search_tables(scale):
-    """(assignments, found against random ones by budget, rank correlations, name of the low bits)."""
+    """(assignments, found against random ones by budget, rank correlations of gradient scores)."""
     record, sweep = first_record(scale, "search"), first_record(scale, "sensitivity")
     rows, budgets, ranks = [], [], []
     for row in record["rows"] if record else []:

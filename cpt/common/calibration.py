@@ -21,6 +21,14 @@ from models.rotation import make_rotation
 logger = logging.getLogger(__name__)
 
 
+@contextlib.contextmanager
+def as_calibrated(model):
+    """The model with nothing quantized and the adapters of its highest width."""
+    widths = [int(key) for key in model.config.lora_bank or () if key != "shared"]
+    with model.at_bits(max(widths)) if widths else contextlib.nullcontext(), model.quantization_off():
+        yield
+
+
 def input_rms(model, windows):
     """{linear: root mean square of each input channel over all tokens, (in,) float32 on the CPU}.
 
@@ -28,8 +36,6 @@ def input_rms(model, windows):
     """
     if model.config.exported_widths:
         raise UserError("an exported checkpoint has no float weights: calibrate and measure the one of the training")
-    widths = [int(key) for key in model.config.lora_bank or () if key != "shared"]
-    highest = model.at_bits(max(widths)) if widths else contextlib.nullcontext()
     layers, tokens = model.quant_layers(), sum(map(len, windows))
     sums = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in layers.items()}
 
@@ -44,7 +50,7 @@ def input_rms(model, windows):
     device, trains = next(model.parameters()).device, model.training
     model.eval().to(PartialState().device)
     try:
-        with torch.no_grad(), highest, model.quantization_off():
+        with torch.no_grad(), as_calibrated(model):
             for window in tqdm(windows, desc="calibration", unit="window", leave=False):
                 model.transformer(torch.tensor([window], device=PartialState().device), use_cache=False)
     finally:
