@@ -55,7 +55,9 @@ def test_low_rank_half_of_lora(rows, n, r):
 
 @pytest.mark.parametrize(("kv_bits", "rotated"), [(None, 1), (32, 1), (8, 0), (8, 1), (4, 0), (4, 1), (2, 0)])
 @pytest.mark.parametrize("r", [0, 1, 8, 11])
-@pytest.mark.parametrize(("rows", "n", "head_size"), [(1, 3, 1), (17, 36, 12), (33, 1536, 64), (5, 1536, 512)])
+@pytest.mark.parametrize(
+    ("rows", "n", "head_size"), [(1, 3, 1), (17, 36, 12), (33, 1536, 64), (5, 1536, 512), (5, 4800, 64)]
+)
 def test_finish(rows, n, head_size, r, kv_bits, rotated):
     """What it adds up against float64; K and V are those of the oracle, bit for bit."""
     acc = torch.randint(-100_000, 100_000, (rows, n), dtype=torch.int32)
