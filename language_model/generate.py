@@ -3,6 +3,7 @@
 
     python generate.py --model_name_or_path gpt2 --bit_config W8A8KV4 --prompt "The bridge was built in"
     python generate.py --model_name_or_path results/clm --bit_config 8 --prompt_file story.txt --do_sample --seed 1
+    python generate.py --model_name_or_path gpt2 --prompt "The bridge was built in" --stream
 
 Takes stock GPT-2 weights or a checkpoint of run_clm.py. Prints the text, tokens a second, and the bytes that a token
 takes in the cache beside those of a float cache. Several prompts make one batch.
@@ -16,7 +17,7 @@ import time
 
 import torch
 from accelerate import PartialState
-from transformers import DynamicCache, set_seed
+from transformers import DynamicCache, TextStreamer, set_seed
 
 from common.arguments import CheckpointArguments, option
 from common.calibration import quantizer_label, set_quantizer
@@ -52,6 +53,7 @@ class GenerationArguments:
     top_k: int = option(50, "of --do_sample: draw from so many likeliest tokens (0: all)")
     top_p: float = option(1.0, "of --do_sample: draw from the likeliest tokens that have this probability together")
     num_beams: int = option(1, "beams of a beam search")
+    stream: bool = option(False, "print the words of one prompt as they come")
     seed: int = option(42, "of --do_sample")
     record_file: str = option(os.path.join(HERE, "results", "generate.json"), "where the run's JSON record goes")
 
@@ -69,6 +71,8 @@ def check_args(args):
         raise UserError(f"--temperature {args.temperature}: must be positive; without --do_sample it is not used")
     if not 0 < args.top_p <= 1:
         raise UserError(f"--top_p {args.top_p}: a probability, above 0 and at most 1")
+    if args.stream and (len(args.prompt or [""]) > 1 or args.num_beams > 1):
+        raise UserError("--stream: one prompt and no --num_beams, whose words are not known until the end")
 
 
 def read_prompts(args):
@@ -105,6 +109,7 @@ def generate(model, tokenizer, prompts, args):
             **inputs,
             past_key_values=cache,
             pad_token_id=tokenizer.pad_token_id,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True) if args.stream else None,
             **{key: getattr(args, key) for key in keys},
         )
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)  # waits for the device
@@ -140,7 +145,8 @@ def main():
     quantizer = set_quantizer(model, model_args, args.seed, windows)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     texts, measured = generate(model, tokenizer, prompts, args)
-    print(*texts, sep="\n---\n", flush=True)
+    if not args.stream:
+        print(*texts, sep="\n---\n", flush=True)
     per_token, full, half = (measured[f"{key}_bytes_per_token"] for key in ("cache", "float32", "float16"))
     print(
         f"\n{name}, {quantizer_label(quantizer)}, {args.kv_cache} KV cache: {measured['new_tokens']} tokens, "

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from conftest import NAMES, THINGS, experiment
 
 with experiment("language_model"):
+    import compare
     import generate
     import perplexity
     import run_clm
@@ -373,6 +374,8 @@ def test_sampling_follows_the_seed(trained, tmp_path, monkeypatch, capsys):
         (["--prompt", "a", "--max_new_tokens", "999"], "do not fit into the model's 128 positions"),
         (["--prompt", "a", "--temperature", "0"], "must be positive"),
         (["--prompt", "a", "--top_p", "0"], "a probability"),
+        (["--prompt", "a", "b", "--stream"], "--stream: one prompt"),
+        (["--prompt", "a", "--stream", "--num_beams", "2"], "--stream: one prompt"),
         (["--prompt", "a", "--bit_config", "9"], "9 is not a bit-width"),
         (["--prompt", "a", "--bit_config", "5"], "the LoRA bank has only"),
         (["--prompt", "a", "--quantizer", "rotated"], "calibrated on the training text: pass --train_file"),
@@ -405,3 +408,72 @@ def test_tokens_are_counted_up_to_the_end_token_of_each_text():
     assert generate.count_tokens(tokens, 0) == 3 + 1 + 4 + 3
     assert generate.count_tokens(tokens, [0, 9]) == 3 + 1 + 4 + 2
     assert generate.count_tokens(tokens, None) == 16
+
+
+def test_streamed_text_is_the_text(trained, tmp_path, monkeypatch, capsys):
+    words = ["--model_name_or_path", trained[0], "--prompt", "Ada has", "--max_new_tokens", "12"]
+    text, record = run_generate(monkeypatch, capsys, tmp_path, *words)
+    streamed, other = run_generate(monkeypatch, capsys, tmp_path, *words, "--stream")
+    assert streamed == text and other["texts"] == record["texts"]
+
+
+# ---- compare.py
+
+
+def test_one_table_of_all_precisions(trained, tiny_model, text_files, tmp_path, monkeypatch, capsys):
+    words = [
+        "--prompt",
+        "Ada has",
+        "What does Ben",
+        "--max_new_tokens",
+        "12",
+        "--record_file",
+        tmp_path / "record.json",
+    ]
+    valid = ["--validation_file", text_files[1], "--block_size", "32"]
+    configs = ["--bit_configs", "8", "W4A8KV4", "4"]
+    call(monkeypatch, compare, "--model_name_or_path", trained[0], *words, *valid, *configs)
+    printed, record = capsys.readouterr().out, read_json(tmp_path / "record.json")
+    assert printed.startswith("| precision ") and printed.count("\n| ") == 4
+    tokens = read_tokens(text_files[1], AutoTokenizer.from_pretrained(trained[0]), 2)
+    model = QuantGPT2LMHeadModel.from_pretrained(trained[0])
+    model.set_execution("integer")
+    for row, bits, kept in zip(record["rows"], ("W8A8KV8", "W4A8KV4", "W4A4KV4"), (272, 144, 144), strict=True):
+        model.set_bit_config(bits)
+        found = perplexity.perplexity(model, tokens, 32, 16)
+        assert (row["precision"], row["cache_bytes_per_token"]) == (bits, kept)
+        assert row["perplexity"] == record["metrics"][f"perplexity_{bits}"] == pytest.approx(found, rel=1e-6)
+        single = run_generate(
+            monkeypatch, capsys, tmp_path, "--model_name_or_path", trained[0], *words[:5], "--bit_config", bits
+        )
+        assert row["texts"] == single[1]["texts"] and all(text in printed for text in row["texts"])
+        assert row["ms_per_token"] == pytest.approx(1000 * row["seconds"] / row["new_tokens"])
+    assert record["data"]["validation"]["examples"] == len(tokens)
+
+
+def test_bitsandbytes_stands_beside_them(tiny_model, tmp_path, monkeypatch):
+    words = ["--model_name_or_path", tiny_model, "--prompt", "Ada has", "--max_new_tokens", "2", "--bitsandbytes"]
+    call(monkeypatch, compare, *words, "--bit_configs", "32", "--record_file", tmp_path / "record.json")
+    rows = {row["precision"]: row for row in read_json(tmp_path / "record.json")["rows"]}
+    assert list(rows) == ["W32A32KV32", "8bit", "nf4"]
+    weights = rows["W32A32KV32"]["weight_bytes"] // 4
+    assert weights < rows["8bit"]["weight_bytes"] < 1.2 * weights
+    assert 0.5 * weights < rows["nf4"]["weight_bytes"] < 0.7 * weights
+    assert rows["W32A32KV32"]["perplexity"] is None and rows["nf4"]["cache_bytes_per_token"] == 1024
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "either --prompt or --prompt_file"),
+        (["--prompt", "a", "--stream"], "--stream: the texts of several"),
+        (["--prompt", "a", "--block_size", "1"], "--block_size 1: at least 2"),
+        (["--prompt", "a", "--bit_configs", "8", "9"], "9 is not a bit-width"),
+        (["--prompt", "a", "--bit_configs", "5"], "the LoRA bank has only"),
+        (["--prompt", "a", "--validation_file", "missing.txt"], "missing.txt"),
+    ],
+)
+def test_compare_refuses(words, message, trained, tmp_path, monkeypatch):
+    record = tmp_path / "record.json"
+    found = error_of(monkeypatch, compare, "--model_name_or_path", trained[0], "--record_file", record, *words)
+    assert message in found and not record.exists()
