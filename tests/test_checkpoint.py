@@ -11,7 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from common.arguments import ModelArguments
 from common.checksums import model_checksum
@@ -799,3 +805,27 @@ def test_every_class_comes_back_rotated(pristine, tmp_path):
         ids = torch.arange(12)[None]
         with torch.no_grad():
             assert torch.equal(kind.from_pretrained(tmp_path)(ids).logits, model.eval()(ids).logits)
+
+
+# ---- AutoModel
+
+
+def test_auto_model_opens_checkpoints_of_every_head(tiny_model, tmp_path):
+    heads = {
+        AutoModelForQuestionAnswering: QuantGPT2ForQuestionAnswering,
+        AutoModelForSequenceClassification: QuantGPT2ForSequenceClassification,
+        AutoModelForCausalLM: QuantGPT2LMHeadModel,
+    }
+    for auto, cls in heads.items():
+        saved = cls.from_pretrained(tiny_model)
+        saved.add_lora([4, 8])
+        saved.set_bit_config(4)
+        saved.save_pretrained(tmp_path)
+        opened = auto.from_pretrained(tmp_path, resid_pdrop=0.25, attn_implementation="eager", trust_remote_code=True)
+        assert type(opened).__name__ == cls.__name__ and opened.config.lora_bank == ["4", "8"]
+        assert (opened.config.resid_pdrop, opened.config._attn_implementation) == (0.25, "eager")
+        assert opened.config.bit_config == saved.config.bit_config and saved.config.resid_pdrop != 0.25
+        assert all(torch.equal(value, saved.state_dict()[name]) for name, value in opened.state_dict().items())
+        assert auto.from_pretrained(tmp_path, dtype="bfloat16").dtype == torch.bfloat16
+        with pytest.raises(ValueError, match="resid_pdrop = 2.0: a number, 0 to 1"):
+            auto.from_pretrained(tmp_path, resid_pdrop=2.0)

@@ -11,7 +11,14 @@ it transposes from Conv1D's (in, out) to (out, in). Without quantization and ada
 import contextlib
 import os
 
-from transformers import GPT2ForQuestionAnswering, GPT2ForSequenceClassification, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    GPT2ForQuestionAnswering,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from .bit_config import ALLOWED_BITS, has_kv, resolve_bit_config
@@ -209,3 +216,9 @@ class QuantGPT2ForSequenceClassification(QuantGPT2Mixin, GPT2ForSequenceClassifi
 
 class QuantGPT2LMHeadModel(QuantGPT2Mixin, GPT2LMHeadModel):
     """Language model; the head is tied to the embedding, belongs to the base and is never quantized."""
+
+
+# Once this module is imported, AutoModel opens checkpoints of these classes.
+AutoModelForQuestionAnswering.register(QuantGPT2Config, QuantGPT2ForQuestionAnswering)
+AutoModelForSequenceClassification.register(QuantGPT2Config, QuantGPT2ForSequenceClassification)
+AutoModelForCausalLM.register(QuantGPT2Config, QuantGPT2LMHeadModel)

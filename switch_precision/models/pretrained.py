@@ -12,6 +12,9 @@ from .errors import UserError
 from .exported import take_codes
 from .user_input import refuse
 
+# Passed to every class by AutoModel.from_pretrained. No code of a folder is ever run here.
+FROM_AUTO_MODEL = ("_from_auto", "adapter_kwargs", "trust_remote_code")
+
 
 class PretrainedMixin:
     """from_pretrained, save_pretrained and the reference to a frozen base."""
@@ -19,24 +22,32 @@ class PretrainedMixin:
     config_class = QuantGPT2Config
 
     @classmethod
-    def from_pretrained(cls, name_or_path, *, base_model_name_or_path=None, dtype=None, **kwargs):
+    def from_pretrained(cls, name_or_path, *, config=None, base_model_name_or_path=None, dtype=None, **kwargs):
         """Load a checkpoint of this class, or stock GPT-2 weights; see checkpoint.py for what is checked.
 
-        name_or_path: folder or hub name; base_model_name_or_path: where the frozen base of an adapter checkpoint lies,
-        if not where it was trained; dtype: what the model is cast to after it was loaded in float32 (None: float32);
-        kwargs: cache_dir, revision, token for the hub; other keys (num_labels, attn_implementation, dropout
-        probabilities) override the config. Raises OSError: nothing there; ValueError: other architecture, a faulty
-        config.json, missing, truncated, foreign or non-finite weights, a base that the adapters were not trained on.
+        name_or_path: folder or hub name; config: as AutoModel passes it, with its overrides; base_model_name_or_path:
+        where the frozen base of an adapter checkpoint lies, if not where it was trained; dtype: what the model is cast
+        to after it was loaded in float32 (None: float32); kwargs: cache_dir, revision, token for the hub; other
+        keys (num_labels, attn_implementation, dropout probabilities) override the config. Raises OSError: nothing
+        there; ValueError: other architecture, a faulty config.json, missing, truncated, foreign or non-finite weights,
+        a base that the adapters were not trained on.
         """
         name, hub = os.fspath(name_or_path), {key: kwargs.pop(key, None) for key in ("cache_dir", "revision", "token")}
         dtypes = {str(kind).removeprefix("torch."): kind for kind in FLOAT_DTYPES}
         if dtype not in (None, *dtypes, *dtypes.values()):
             raise UserError(f"dtype = {dtype!r}: allowed are {', '.join(dtypes)}")
+        for key in FROM_AUTO_MODEL:
+            kwargs.pop(key, None)
         attention = {key: kwargs.pop(key) for key in ("attn_implementation",) if key in kwargs}
+        if config is not None and config._attn_implementation:
+            attention.setdefault("attn_implementation", config._attn_implementation)
+        checkpoint = open_checkpoint(name, hub)
+        if config is not None:
+            saved = QuantGPT2Config(**checkpoint.fields)
+            kwargs |= {key: value for key in RULES if (value := getattr(config, key)) != getattr(saved, key)}
         wrong = [key for key, value in kwargs.items() if key not in RULES or not RULES[key][0](value)]
         allowed = {key: RULES[key][1] if key in RULES else "no option" for key in wrong}
         refuse("from_pretrained", [f"{key} = {kwargs[key]!r}: {allowed[key]}" for key in wrong])
-        checkpoint = open_checkpoint(name, hub)
         fields, state = checkpoint.fields | kwargs, checkpoint.state
         if "num_labels" in kwargs:
             fields = {key: value for key, value in fields.items() if key not in ("id2label", "label2id")}
