@@ -58,17 +58,20 @@ STEPS = {
     "bnb_8bit": qa("base_model/eval.sh", "lora_fp32", "--bitsandbytes 8bit"),
     "bnb_nf4": qa("base_model/eval.sh", "lora_fp32", "--bitsandbytes nf4"),
     **{
-        f"static_w{bits}_{quantizer}": train("base_model", f"--bit_widths {bits}", f"--quantizer {quantizer}")
+        f"static_w{bits}_{quantizer}": train(
+            "base_model", f"--bit_widths {bits}", f"--quantizer {quantizer}", "{+static}"
+        )
         for bits in (8, 4)
         for quantizer in QUANTIZERS
     },
+    "static_w4_rotated_fake": train("base_model", "--bit_widths 4 --quantizer rotated"),
     **{
         f"separator_{name}": train("base_model", "--add_lora", f"--question_separator '{text}'", "{+separator}")
         for name, text in {"none": "", "newline": "\\n", "space": " "}.items()
     },
     # switch_precision: one model for 4 and 8 bits; which layers need 8 is measured on training questions
-    "switch_train": train("switch_precision", "--bit_widths 4 8"),
-    "switch_minmax": train("switch_precision", "--bit_widths 4 8 --quantizer minmax --curriculum 0"),
+    "switch_train": train("switch_precision", "--bit_widths 4 8", "{+switch}"),
+    "switch_minmax": train("switch_precision", "--bit_widths 4 8 --quantizer minmax --curriculum 0", "{+switch}"),
     "switch_sequential": train("switch_precision", "--bit_widths 4 8 --objective sequential {+sequential}"),
     "sensitivity": qa("switch_precision/sweep.sh", "switch_train", ON_TRAINING, "{+sensitivity}"),
     "search": "SENSITIVITY_FILE={sensitivity_record} "
