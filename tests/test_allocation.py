@@ -265,7 +265,9 @@ def test_hybrid_by_fraction_is_the_published_one(blocks, file):
 @pytest.mark.parametrize("blocks", [1, 2, 3, 6, 8, 24, 36, 48])
 def test_hybrid_of_any_depth(blocks):
     shapes = shapes_of(blocks)
-    config = bits_of(baselines.hybrid(*(resolve_bit_config(bits, shapes) for bits in (8, 4))))
+    found = baselines.hybrid(*(resolve_bit_config(bits, shapes) for bits in (8, 4)))
+    assert found == resolve_bit_config(ROOT / "configs/hybrid_25pct_4bit.json", shapes)
+    config = bits_of(found)
     assert config["transformer.h.0.attn.c_proj"] == 4, "one block at least"
     assert all(config[layer] == 4 for layer in shapes if f".h.{blocks - 1}." in layer)
     assert any(config[f"transformer.h.{block}.mlp.c_fc"] == 4 for block in range(blocks))

@@ -7,20 +7,21 @@ import time
 import pytest
 
 from models.bit_config import ALLOWED_BITS, config_name, describe_bit_config, has_kv, resolve_bit_config, short_name
+from models.checkpoint_rules import linear_shapes
 from models.errors import UserError
 from models.modeling_gpt2_quant import QuantLinear
 from models.quantization import FLOAT_BITS
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
-SHAPES = {}
-for block in range(12):
-    name = f"transformer.h.{block}."
-    SHAPES |= {
-        name + "attn.c_attn": (2304, 768),
-        name + "attn.c_proj": (768, 768),
-        name + "mlp.c_fc": (3072, 768),
-        name + "mlp.c_proj": (768, 3072),
-    }
+SIZES = {"distilgpt2": (6, 768), "gpt2": (12, 768), "gpt2-medium": (24, 1024), "gpt2-large": (36, 1280),
+         "gpt2-xl": (48, 1600)}  # fmt: skip
+
+
+def shapes_of(blocks, width=64):
+    return linear_shapes({"n_layer": blocks, "n_embd": width})
+
+
+SHAPES = shapes_of(12, 768)
 LAYERS = list(SHAPES)
 C_ATTN, C_FC = "transformer.h.0.attn.c_attn", "transformer.h.0.mlp.c_fc"
 
@@ -66,6 +67,47 @@ def test_published_hybrid():
     assert description["layers_per_w_bits"] == {"4": 14, "8": 34}
 
 
+@pytest.mark.parametrize("model", SIZES)
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.json")), ids=lambda path: path.stem)
+def test_presets_mean_the_same_share_of_every_model_of_the_family(path, model):
+    shapes = shapes_of(*SIZES[model])
+    resolved, reference = resolve_bit_config(path, shapes), resolve(path)
+    for kind in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+        found, expected = ([bits for n, bits in c.items() if n.endswith(kind)] for c in (resolved, reference))
+        if len(found) % 12 == 0:  # the same bits in the same part of the blocks
+            assert found == [bits for bits in expected for _ in range(len(found) // 12)]
+        else:  # of 6: half as many, rounded
+            counts = [sum(bits["w_bits"] == 4 for bits in config) for config in (found, expected)]
+            assert abs(counts[0] - counts[1] / 2) <= 0.5, kind
+    if len(shapes) % 48 == 0:
+        averages = [describe_bit_config(c, s)["average_w_bits"] for c, s in ((resolved, shapes), (reference, SHAPES))]
+        assert averages[0] == pytest.approx(averages[1])
+
+
+@pytest.mark.parametrize(
+    ("blocks", "file"), [(4, "quickstart/hybrid_4blocks.json"), (8, "reproduce/hybrid_8blocks.json")]
+)
+def test_hybrid_written_out_for_other_sizes_is_the_preset(blocks, file):
+    shapes = shapes_of(blocks)
+    assert resolve_bit_config(CONFIGS.parent / file, shapes) == resolve_bit_config(
+        CONFIGS / "hybrid_25pct_4bit.json", shapes
+    )
+
+
+@pytest.mark.parametrize(
+    ("percents", "blocks", "expected"),
+    [("0%-33%", 12, range(4)), ("33%-100%", 12, range(4, 12)), ("83%-100%", 6, [5]), ("75%-100%", 48, range(36, 48)),
+     ("0%-100%", 7, range(7)), ("0%-1%", 12, [0]), ("99%-100%", 12, [11]), ("50%-51%", 4, [2]), ("25%-50%", 2, [0]),
+     ("75%-83%", 1, [0]), ("0%-50%", 3, [0]), ("50%-100%", 3, [1, 2])],
+)  # fmt: skip
+def test_a_block_range_is_rounded_to_whole_blocks_and_has_one_at_least(percents, blocks, expected):
+    shapes = shapes_of(blocks)
+    for key in (f"transformer.h.{{{percents}}}.mlp.*", f"*.{{{percents}}}.mlp.c_?*"):
+        resolved = resolve_bit_config({"default": 8, key: 4}, shapes)
+        low = {name for name, bits in resolved.items() if bits["w_bits"] == 4}
+        assert low == {f"transformer.h.{block}.mlp.{name}" for block in expected for name in ("c_fc", "c_proj")}
+
+
 def test_description_of_hand_counted_layers():
     shapes = {C_ATTN: (6, 2), C_FC: (8, 2)}
     resolved = resolve_bit_config({C_ATTN: "W4A8KV8", C_FC: 32}, shapes)
@@ -106,6 +148,23 @@ BAD = [
         'did you mean "transformer.h.0.attn.c_proj"?',
     ),
     ({"default": 8, "transformer.h.12.*": 4}, '"transformer.h.12.*" matches no layer'),
+    *(
+        ({"default": 8, key: 4}, f'"{key}" matches no layer: allowed is {{FROM%-TO%}} in place of a block\'s number')
+        for key in (
+            "transformer.h.{50%-20%}.*",
+            "transformer.h.{0%-101%}.*",
+            "transformer.h.{50%-50%}.*",
+            "transformer.h.{25%}.*",
+            "transformer.h.{0.5%-1%}.*",
+            "transformer.h.[0%-33%].*",
+            "*.{0-3}.*",
+        )
+    ),
+    (
+        {"default": 8, "transformer.h.{0%-33%}.atn.*": 4},
+        'atn.*" matches no layer (the model has blocks 0-11); did you',
+    ),
+    ({"default": 8, "*.{0%-50%}.{50%-100%}.*": 4}, '"*.{0%-50%}.{50%-100%}.*" matches no layer'),
     ({"*.attn.*": 8}, f'"{C_FC}" and 23 more: nothing sets w_bits'),
     ({"default": {"w_bits": 4, "a_bits": 8}}, f'"{C_ATTN}" and 11 more: nothing sets kv_bits'),
     ({name: 8 for name in LAYERS[1:]}, f'"{C_ATTN}": nothing sets w_bits'),
@@ -193,12 +252,13 @@ def refusal(config):
         ('{"default": 8, "\\ud800": "\\ud800"}', '"\\ud800" matches no layer'),
         (json.dumps({f"*layer{i}[ab]*": 4 for i in range(10_000)}), "found 10000 keys"),
         (json.dumps({f"layer{i}": 4 for i in range(900)}), "... and 880 more"),
+        (json.dumps({"default": 8} | {f"*{{0%-50%}}*{i}[ab]*": 4 for i in range(1000)}), "... and 980 more"),
         (json.dumps({"default": {f"f{i}": 4 for i in range(10_000)}}), 'unknown field "f0" and 9999 more'),
         ("{" + ",".join(f'"k{i % 5000}": 4' for i in range(100_000)) + "}", "and 4995 more: keep one of them"),
         ('"W4A8"', "expected a JSON object"),
         ("NaN", "NaN is no number"),
     ],
-    ids=range(25),
+    ids=range(26),
 )
 def test_files_of_any_kind_are_refused_at_once(text, message, tmp_path):
     path = tmp_path / "bad.json"

@@ -20,6 +20,8 @@ _NUMBER = "(0|[1-9][0-9]{0,5})"
 WIDTH = re.compile(_NUMBER)
 SHORT_FORM = re.compile(f"W{_NUMBER}A{_NUMBER}(?:KV{_NUMBER})?")  # LLM-QAT's notation
 ALLOWED_TEXT = "2 to 8, 16 or 32"
+BLOCK_RANGE = re.compile(r"\{([0-9]{1,3})%-([0-9]{1,3})%\}")  # stands for the number of a block
+RANGE_TEXT = "{FROM%-TO%} in place of a block's number, whole percents of the blocks, 0 <= FROM < TO <= 100"
 MAX_FAULTS_SHOWN = 20
 MAX_KEYS = 1000  # besides a listing of all layers: a wildcard takes about 0.1 ms
 MAX_KEY_LENGTH = 100  # characters
@@ -28,6 +30,11 @@ MAX_KEY_LENGTH = 100  # characters
 def has_kv(layer):
     """True for the layer whose output holds K and V."""
     return layer.endswith("attn.c_attn")
+
+
+def block_of(layer):
+    """Number of the block that a layer is in; None outside of blocks."""
+    return next((int(part) for part in layer.split(".") if part.isdecimal()), None)
 
 
 def read_bit_config(path):
@@ -69,14 +76,41 @@ def _parse_value(value):
     return fields, list(dict.fromkeys(faults))
 
 
+def _block_range(key):
+    """(percent from, percent to) of a key with a block range; None without a valid one."""
+    match = BLOCK_RANGE.search(key)
+    low, high = map(int, match.groups()) if match else (0, 0)
+    return (low, high) if low < high <= 100 else None
+
+
+def _tries_range(key):
+    """Whether a key has a sign of a block range, which no layer's name has; [0%-33%] would be a set of characters."""
+    return "{" in key or "%" in key
+
+
+def _matching(key, layers):
+    """The layers that a wildcard matches; {0%-33%} in it stands for the blocks of that part, one at least."""
+    if not (percents := _block_range(key)):
+        return [] if _tries_range(key) else [layer for layer in layers if fnmatchcase(layer, key)]
+    numbers = {layer: number for layer in layers if (number := block_of(layer)) is not None}
+    blocks = 1 + max(numbers.values(), default=-1)
+    low, high = ((2 * blocks * percent + 99) // 200 for percent in percents)  # rounded, half down
+    low = min(low, blocks - 1)
+    chosen = range(low, max(high, low + 1))
+    key = BLOCK_RANGE.sub("{}", key, count=1)
+    return [n for n, b in numbers.items() if b in chosen and fnmatchcase(n.replace(f".{b}.", ".{}.", 1), key)]
+
+
 def _no_match(key, layers):
     """The fault of a key that matches no layer."""
     if not isinstance(key, str):
         return f"{show(key)} ({type(key).__name__}): keys are layer names or wildcards"
     if len(key) > MAX_KEY_LENGTH:
         return f"{show(key)} matches no layer: longer than {MAX_KEY_LENGTH} characters"
+    if _tries_range(key) and not _block_range(key):
+        return f"{show(key)} matches no layer: allowed is {RANGE_TEXT}"
     near = difflib.get_close_matches(key, layers, n=1, cutoff=0.0)
-    blocks = sorted({int(part) for layer in layers for part in layer.split(".") if part.isdigit()})
+    blocks = sorted({block_of(layer) for layer in layers} - {None})
     span = f" (the model has blocks {blocks[0]}-{blocks[-1]})" if blocks else ""
     hint = f"; did you mean {show(near[0])}?" if near else ""
     return f"{show(key)} matches no layer{span}{hint}"
@@ -117,7 +151,7 @@ def resolve_bit_config(config, layers):
         elif not isinstance(key, str) or len(key) > MAX_KEY_LENGTH:
             matched = []
         else:  # the plain name first: a resolved config, set before every forward in joint training, has only those
-            matched = [key] if key in resolved else [layer for layer in layers if fnmatchcase(layer, key)]
+            matched = [key] if key in resolved else _matching(key, layers)
         if not matched:
             faults.append(_no_match(key, layers) if len(faults) < MAX_FAULTS_SHOWN else "")
             continue
