@@ -28,6 +28,7 @@ from models.bit_config import short_name
 from models.bitsandbytes_ptq import LABELS, METHODS, quantize_with_bitsandbytes
 from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
+from models.peft_adapter import start_lora
 from trainer_qa import QuestionAnsweringTrainer
 
 
@@ -36,6 +37,7 @@ class ModelArguments(arguments.ModelArguments):
     """The model, its adapters and its bits."""
 
     add_lora: bool = option(False, "LoRA without quantized training: one shared adapter, which serves any bits later")
+    from_peft: str | None = option(None, "folder of a peft adapter (LoRA) that the adapters and the head start from")
     bit_widths: list[int] | None = option(None, "static width of W, A and KV, trained with LoRA (here one: 2 to 8)")
     bit_config: str | None = option(
         None,
@@ -59,6 +61,8 @@ def check_args(model_args, data_args, training_args):
             f"--bit_widths {' '.join(map(str, model_args.bit_widths))}: base_model trains one static width; "
             "several at once are trained in switch_precision"
         )
+    if model_args.from_peft and not (model_args.add_lora or model_args.bit_widths or model_args.bit_config):
+        raise UserError(f"--from_peft {model_args.from_peft}: pass --add_lora, --bit_widths or --bit_config with it")
     if model_args.bitsandbytes not in (None, *METHODS):
         raise UserError(f"--bitsandbytes {model_args.bitsandbytes}: allowed are {', '.join(METHODS)}")
     ours = model_args.bit_widths or model_args.bit_config or model_args.quantizer
@@ -70,6 +74,8 @@ def check_args(model_args, data_args, training_args):
 def build_model(model_args, training, tokenizer):
     """The model with its adapters and bits set."""
     model = open_model(QuantGPT2ForQuestionAnswering, model_args, tokenizer, training)
+    if model_args.from_peft and (model.config.lora_bank or not training):
+        start_lora(model, ["shared"], model_args)  # to evaluate it; refuses a model that has adapters
     bits = model_args.bit_config
     if bits is None and model_args.bit_widths:
         bits = model_args.bit_widths[0]
@@ -78,12 +84,12 @@ def build_model(model_args, training, tokenizer):
     elif bits is not None:
         with model.at_bits(bits) as resolved:
             widths = sorted({layer["w_bits"] for layer in resolved.values()})
-        model.add_lora(widths, model_args.lora_r, model_args.lora_alpha)
+        start_lora(model, widths, model_args)
         name = short_name(model.set_bit_config(bits))
         # one assignment, whatever widths its bank has: what run_qa_eval.py evaluates when it is not told
         model.config.trained_bit_configs = ["checkpoint" if name == "mixed" else name]
     elif model_args.add_lora and not model.config.lora_bank:
-        model.add_lora(["shared"], model_args.lora_r, model_args.lora_alpha)
+        start_lora(model, ["shared"], model_args)
     if model.config.lora_bank and not model.config.base_model_name_or_path:
         model.set_base(model_args.model_name_or_path)
     model.set_execution(model_args.execution or ("fake" if training else "integer"), model_args.backward_dtype)

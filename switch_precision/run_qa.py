@@ -18,7 +18,7 @@ from transformers import set_seed
 from transformers.trainer_utils import SchedulerType
 
 from adaptive_lora_trainer import AdaptiveLoRATrainer, ObjectiveArguments
-from common.arguments import DataTrainingArguments
+from common.arguments import DataTrainingArguments, option
 from common.data import load_features, set_qa_quantizer, trainer_arguments
 from common.flags import parse_args
 from common.loading import describe_model, load_tokenizer, open_model
@@ -30,6 +30,14 @@ from common.training_args import TrainingArguments
 from models.bit_config import describe_bit_config
 from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
+from models.peft_adapter import start_lora
+
+
+@dataclasses.dataclass
+class ModelArguments(BankArguments):
+    """The model and its bank."""
+
+    from_peft: str | None = option(None, "folder of a peft adapter (LoRA) that all adapters and the head start from")
 
 
 def check_args(model_args, objective_args, training_args):
@@ -47,9 +55,11 @@ def build_model(model_args, objective_args, training, tokenizer):
     model = open_model(QuantGPT2ForQuestionAnswering, model_args, tokenizer, training)
     targets = target_configs(model_args, model.layer_shapes())
     teacher = [32] if training and objective_args.teacher else []
+    if model_args.from_peft and (model.config.lora_bank or not training):
+        start_lora(model, ["shared"], model_args)  # to evaluate it; refuses a model that has adapters
     if training and not model.config.lora_bank:
         widths = {layer["w_bits"] for _, config in targets for layer in config.values()}
-        model.add_lora(sorted(widths.union(teacher)), model_args.lora_r, model_args.lora_alpha)
+        start_lora(model, sorted(widths.union(teacher)), model_args)
     for config in [*teacher, *(config for _, config in reversed(targets))]:
         model.set_bit_config(config)  # refuses what the bank of a checkpoint has no adapter for
     if model.config.lora_bank and not model.config.base_model_name_or_path:
@@ -60,7 +70,7 @@ def build_model(model_args, objective_args, training, tokenizer):
 
 def main():
     start = time.time()
-    groups = parse_args(BankArguments, DataTrainingArguments, ObjectiveArguments, TrainingArguments)
+    groups = parse_args(ModelArguments, DataTrainingArguments, ObjectiveArguments, TrainingArguments)
     model_args, data_args, objective_args, training_args = groups
     setup_logging(training_args)
     check_args(model_args, objective_args, training_args)

@@ -288,8 +288,9 @@ def test_changed_answers_are_counted():
     with experiment("switch_precision"):
         from export import compare_answers
     before, after = {"a": "x", "b": "y", "c": "z"}, {"a": "x", "b": "", "c": "w"}
-    found = compare_answers(({"W4": before}, {"W4": 50.0}, {}), ({"W4": after}, {"W4": 40.0}, {}))
-    assert found == {"W4": {"questions": 3, "changed": 2, "exact_match": [50.0, 40.0]}}
+    scores = [{"W4": {"eval_exact_match": em, "eval_f1": em + 5}} for em in (50.0, 40.0)]
+    found = compare_answers(({"W4": before}, scores[0], {}), ({"W4": after}, scores[1], {}))
+    assert found == {"W4": {"questions": 3, "changed": 2, "exact_match": [50.0, 40.0], "f1": [55.0, 45.0]}}
 
 
 @pytest.mark.parametrize(
@@ -307,6 +308,15 @@ def test_changed_answers_are_counted():
         (("--output_dir", "OUT", "--bit_configs", "5"), "w_bits = 5"),
         (("--output_dir", "OUT", "--bit_configs", "none.json"), "none.json: no such bit-width config"),
         (("--output_dir", "USED"), "holds a checkpoint: pass --overwrite_output_dir"),
+        (("--output_dir", "USED", "--peft", "8"), "holds a checkpoint: pass --overwrite_output_dir"),
+        (("--output_dir", "OUT", "--merge"), "--merge folds the adapters of one --bit_config, not of W8A8KV8, W4A4KV4"),
+        (("--output_dir", "OUT", "--merge", "--bit_config", "32"), "w_bits = 32"),
+        (("--output_dir", "OUT", "--peft", "6"), "--peft 6: the checkpoint has the adapters 4, 8"),
+        (("--output_dir", "OUT", "--peft", "8", "--merge"), "--merge: --peft writes one adapter in float"),
+        (("--output_dir", "OUT", "--peft", "8", "--bit_configs", "4"), "--bit_configs: --peft writes one adapter"),
+        (("--output_dir", "OUT", "--peft", "8", "--quantizer", "minmax"), "--quantizer: --peft writes one adapter"),
+        (("--output_dir", "OUT", "--peft", "8", "--embeddings", "float16"), "--embeddings: --peft writes one adapter"),
+        (("--output_dir", "OUT", "--peft", "8", "--validation_file", "x"), "--validation_file: --peft writes one"),
     ],
 )
 def test_script_refuses(checkpoint, script, tmp_path, flags, message):
@@ -329,3 +339,55 @@ def test_the_rotated_quantizer_adds_its_vectors_to_an_export_and_nothing_else(mo
     exported = QuantGPT2ForQuestionAnswering.from_pretrained(tmp_path / "rotated")
     for config in (8, 4, HYBRID):
         assert torch.equal(logits(exported, config), logits(model, config))
+
+
+# ---- one config, its adapters folded in
+
+
+def folded(model, config):
+    """The same model with the adapters of a config added to its weights, in float."""
+    model.set_bit_config(config)
+    plain = QuantGPT2ForQuestionAnswering.from_pretrained(model.config.base_model_name_or_path)
+    plain.qa_outputs.load_state_dict(model.qa_outputs.state_dict())
+    for name, layer in model.quant_layers().items():
+        key = str(layer.w_bits)
+        update = layer.lora_B[key].weight @ layer.lora_A[key].weight * model.config.lora_alpha / model.config.lora_r
+        plain.quant_layers()[name].weight.data += update
+    return plain.requires_grad_(False)
+
+
+@pytest.mark.parametrize(("config", "quantizer"), [(4, "minmax"), (8, "rotated"), (HYBRID, "rotated")], ids=str)
+def test_a_merged_export_quantizes_the_folded_weights(checkpoint, script, squad_files, tmp_path, config, quantizer):
+    out, file = tmp_path / "out", tmp_path / "config.json"
+    file.write_text(json.dumps(config if isinstance(config, dict) else {"default": config}))
+    data = ("--train_file", squad_files[0], "--max_seq_length", "64", "--doc_stride", "16")
+    words = ["--merge", "--bit_config", file, "--output_dir", out, "--quantizer", quantizer, *data, *ROTATED[2:]]
+    script("--model_name_or_path", checkpoint, *words)
+    exported = QuantGPT2ForQuestionAnswering.from_pretrained(out)
+    assert exported.config.lora_bank is None and not any("lora" in name for name in exported.state_dict())
+    assert json.loads((out / "export.json").read_text())["merged"] is True
+    expected = folded(QuantGPT2ForQuestionAnswering.from_pretrained(checkpoint), config)
+    float_logits = logits(expected)
+    expected.set_rotations(exported.rotations())
+    torch.testing.assert_close(logits(exported), logits(expected, config))
+    unmerged = QuantGPT2ForQuestionAnswering.from_pretrained(checkpoint)
+    unmerged.set_rotations(exported.rotations())
+    assert not torch.allclose(logits(exported), logits(unmerged, config))
+    with unmerged.quantization_off():
+        torch.testing.assert_close(logits(unmerged), float_logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_record_of_a_merged_export_has_scores_before_and_after(checkpoint, script, capsys, squad_files, tmp_path):
+    out = tmp_path / "out"
+    data = ("--validation_file", squad_files[1], "--max_seq_length", "64", "--doc_stride", "16")
+    script("--model_name_or_path", checkpoint, "--merge", "--bit_config", "4", "--output_dir", out, *data)
+    change = json.loads((out / "export.json").read_text())["changed_answers"]["W4A4KV4"]
+    assert [len(change[key]) for key in ("exact_match", "f1")] == [2, 2] and change["questions"] == 14
+    assert "F1 {:.2f} to {:.2f}".format(*change["f1"]) in capsys.readouterr().out
+    model = QuantGPT2ForQuestionAnswering.from_pretrained(out)
+    assert (model.config.trained_bit_configs, model.config.lora_r) == (["4"], 0)
+
+
+def test_only_adapters_can_be_merged(tiny_model, script, tmp_path):
+    with pytest.raises(ValueError, match="--merge: the checkpoint has no adapters to fold"):
+        script("--model_name_or_path", tiny_model, "--merge", "--bit_config", "4", "--output_dir", tmp_path / "out")

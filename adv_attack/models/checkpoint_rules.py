@@ -251,7 +251,6 @@ def size_faults(fields, shapes):
 
 def tensor_faults(fields, state):
     """What is wrong with the tensors {name: tensor}, as a list of sentences: codes first, then floats."""
-    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
     faults = []
     for linear, widths in (fields.get("exported_widths") or {}).items():
         for bits in widths:
@@ -265,9 +264,15 @@ def tensor_faults(fields, state):
         elif (rotation is not None) != rotated:
             found = "missing" if rotated else "there"
             faults.append(f'"{name}" is {found}, but "quantizer" is "{QUANTIZERS[rotated]}"')
+    floats = [name for name in state if not (".codes." in name or ".scale." in name or name.endswith(ROTATION))]
+    return faults + float_faults({name: state[name] for name in floats})
+
+
+def float_faults(state):
+    """What is wrong with the float tensors {name: tensor}, as a list of sentences."""
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+    faults = []
     for name, tensor in state.items():
-        if ".codes." in name or ".scale." in name or name.endswith(ROTATION):
-            continue
         if tensor.dtype not in FLOAT_DTYPES:
             faults.append(f'"{name}" is {str(tensor.dtype).removeprefix("torch.")}: allowed are {names}')
         elif tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():

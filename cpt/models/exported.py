@@ -31,6 +31,20 @@ def served_widths(configs):
     return widths
 
 
+@torch.no_grad()
+def merge_adapters(model):
+    """Fold the adapter that each linear's bits choose into its float weight, and drop the bank.
+
+    In the plain basis, where adapters read: a rotation is applied to the weight afterwards, when it is quantized.
+    """
+    for layer in model.quant_layers().values():
+        key = layer.active_adapter
+        layer.weight += layer.scaling * (layer.lora_B[key].weight @ layer.lora_A[key].weight)
+        layer.lora_A, layer.lora_B = nn.ModuleDict(), nn.ModuleDict()
+        layer.clear_quantized()
+    model.config.lora_bank, model.config.lora_r, model.config.lora_alpha = None, 0, 0
+
+
 def exported_state(model, widths, embeddings_dtype=torch.float32):
     """({name: tensor}, {name: part of PARTS}) of the deployable form. widths: as `served_widths`."""
     layers, tied = model.quant_layers(), model._tied_weights_keys or {}

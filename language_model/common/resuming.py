@@ -36,7 +36,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 START_OVER = "pass --overwrite_output_dir to start over"
 # Everything that is not named here changes the weights that a training ends with, and is compared.
 FREE = set(
-    "model_name_or_path base_model_name_or_path tokenizer_name train_file validation_file "  # compared by checksum
+    "model_name_or_path base_model_name_or_path tokenizer_name train_file validation_file from_peft "  # by checksum
     "cache_dir token record_file overwrite_cache overwrite_output_dir preprocessing_num_workers test_file "
     "max_predict_samples output_dir do_train do_eval do_predict resume_from_checkpoint use_cpu local_rank "
     "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "

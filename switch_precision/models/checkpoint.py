@@ -107,7 +107,7 @@ class _OtherWeights(Exception):
     """The weights are not those of config.json: both may have been replaced between the two reads."""
 
 
-def _read_safetensors(path, checksum, check):
+def read_safetensors(path, checksum, check):
     """{name: tensor} of a file. check(shapes): called with {name: shape} before any tensor is read."""
     if not os.path.isfile(path):
         folder, file = os.path.split(path)
@@ -195,12 +195,12 @@ def _read_weights(name, hub, checksum, config_path, fields, own):
     index = None if own or weights else find(INDEX_NAME)
     if index is None:
         weights = weights or os.path.join(name, WEIGHTS_NAME)
-        return weights, rename(_read_safetensors(weights, checksum, check))
+        return weights, rename(read_safetensors(weights, checksum, check))
     shards, state = read_object(index).get("weight_map"), {}
     if not (isinstance(shards, dict) and shards and all(map(rules.SHARD[0], shards.values()))):
         raise UserError(f'{index}: "weight_map": allowed is an object {{tensor: file of this folder}}')
     for file in sorted(set(shards.values())):
-        state |= _read_safetensors(find(file) or os.path.join(name, file), None, lambda shapes: None)
+        state |= read_safetensors(find(file) or os.path.join(name, file), None, lambda shapes: None)
     check({key: tuple(tensor.shape) for key, tensor in state.items()})
     return index, rename(state)
 
