@@ -309,7 +309,10 @@ def test_changed_answers_are_counted():
         (("--output_dir", "OUT", "--bit_configs", "none.json"), "none.json: no such bit-width config"),
         (("--output_dir", "USED"), "holds a checkpoint: pass --overwrite_output_dir"),
         (("--output_dir", "USED", "--peft", "8"), "holds a checkpoint: pass --overwrite_output_dir"),
-        (("--output_dir", "OUT", "--merge"), "--merge folds the adapters of one --bit_config, not of W8A8KV8, W4A4KV4"),
+        (
+            ("--output_dir", "OUT", "--merge"),
+            "--merge folds the adapters of one --bit_config, not of W8A8KV8, W4A4KV4",
+        ),
         (("--output_dir", "OUT", "--merge", "--bit_config", "32"), "w_bits = 32"),
         (("--output_dir", "OUT", "--peft", "6"), "--peft 6: the checkpoint has the adapters 4, 8"),
         (("--output_dir", "OUT", "--peft", "8", "--merge"), "--merge: --peft writes one adapter in float"),
