@@ -121,6 +121,7 @@ def export_peft(model, args, data_args, start):
     hub = {"cache_dir": args.cache_dir, "revision": model.config.base_model_revision, "token": args.token}
     if base is None or read_config(base, hub)[2]:
         raise UserError(f"--peft {args.peft}: the base of {args.model_name_or_path} is no stock GPT-2, as peft needs")
+    base = os.path.abspath(base) if os.path.isdir(base) else base
     config, tensors, metadata = peft_files(model, args.peft, base)
     _lock = run_lock(args.output_dir)
     paths = [os.path.join(args.output_dir, name) for name in (WEIGHTS_FILE, CONFIG_FILE)]

@@ -155,6 +155,15 @@ def test_training_starts_from_the_adapter(folder, flags, bank, adapter, run_qa):
     }
 
 
+def test_questions_start_from_an_adapter_of_a_language_model(tiny_model, export, run_qa, tmp_path):
+    theirs = make_checkpoint(tmp_path / "checkpoint", tiny_model, head="QuantGPT2LMHeadModel")
+    words = ["--head", "QuantGPT2LMHeadModel", "--peft", "4", "--output_dir", tmp_path / "peft"]
+    export("--model_name_or_path", tmp_path / "checkpoint", *words)
+    model = run_qa("base_model", "--add_lora", "--from_peft", tmp_path / "peft")
+    for name, layer in model.quant_layers().items():
+        assert torch.equal(layer.lora_B["shared"].weight, theirs.quant_layers()[name].lora_B["4"].weight)
+
+
 @pytest.mark.parametrize("folder", ["base_model", "switch_precision"])
 def test_an_adapter_can_be_evaluated_at_bits(folder, adapter, run_qa):
     theirs, files = adapter

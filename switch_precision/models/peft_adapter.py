@@ -78,7 +78,10 @@ def peft_files(model, key, base):
         "inference_mode": True,
     }
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
-    return config, tensors, {"format": "pt", BASE_CHECKSUM: model.base_checksum()}
+    metadata = {"format": "pt"}
+    if "lm_head.weight" not in state:  # a part of the base's checksum: it would not be that of another task's model
+        metadata[BASE_CHECKSUM] = model.base_checksum()
+    return config, tensors, metadata
 
 
 def start_lora(model, bank, model_args):
