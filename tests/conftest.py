@@ -172,7 +172,8 @@ def qa_words(tiny_model, squad_files):
 
 def stamp_venv(folder):
     """Let tests/make_venv.sh take a folder for a finished environment of this python."""
-    requirements = [(ROOT / name).read_bytes() for name in ("requirements.txt", "requirements-dev.txt")]
+    names = ("requirements.txt", "requirements-extra.txt", "requirements-dev.txt")
+    requirements = [(ROOT / name).read_bytes() for name in names]
     stamp = hashlib.sha256(b"\0".join([sys.version.encode(), *requirements])).hexdigest()
     (folder / ".requirements-stamp").write_text(stamp)
 

@@ -15,7 +15,7 @@ if command -v flock >/dev/null; then flock 9; fi
 
 # The stamp is there from the start, so that an unfinished install is known as ours, and is valid only at the end.
 stamp="$venv/.requirements-stamp"
-wanted="$("$python" - requirements.txt requirements-dev.txt <<'PY'
+wanted="$("$python" - requirements.txt requirements-extra.txt requirements-dev.txt <<'PY'
 import hashlib
 import sys
 

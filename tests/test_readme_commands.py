@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, load_script, parse_flags, save_tiny_tokenizer, stamp_venv
 
 EXPERIMENTS = ("base_model", "switch_precision", "cpt", "adv_attack", "language_model")
-FOLDERS = (*EXPERIMENTS, "benchmark", "quickstart", "reproduce", "report", "tests", "configs")
+FOLDERS = (*EXPERIMENTS, "benchmark", "quickstart", "reproduce", "report", "serving", "tests", "configs")
 PAGES = ["README.md", *(f"{folder}/README.md" for folder in FOLDERS if folder != "tests")]
 COMMAND = re.compile(r"(?:for .*; do )?(?:[A-Z_]+=\S+ )*(?:bash|python3?|torchrun) \S*\w\.(?:sh|py)\b")
 
@@ -64,7 +64,7 @@ def copy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("copy")
     for name in FOLDERS:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("results", "work", "__pycache__"))
-    for name in ("README.md", "requirements.txt", "requirements-dev.txt"):
+    for name in ("README.md", *(path.name for path in ROOT.glob("requirements*.txt"))):
         shutil.copy(ROOT / name, folder)
     (folder / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", folder / ".ci")
