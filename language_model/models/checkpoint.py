@@ -28,7 +28,7 @@ from .user_input import read_json, refuse
 CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME = "config.json", "model.safetensors", "model.safetensors.index.json"
 WHERE = "say where it is with --base_model_name_or_path"
 MAX_JSON_BYTES = 8_000_000
-TRIES, SECONDS_BETWEEN = 5, 0.1  # for a checkpoint that is being replaced while it is read
+TRIES, SECONDS_BETWEEN = 10, 0.1  # for a checkpoint that is being replaced while it is read
 # Hub models that a checkpoint may name as its base and have downloaded; others are taken from the cache only.
 KNOWN_BASES = {
     *(f"{owner}gpt2{size}" for owner in ("", "openai-community/") for size in ("", "-medium", "-large", "-xl")),
