@@ -3,6 +3,7 @@
 
     python run_qa.py --model_name_or_path gpt2 --dataset_name squad --do_train --do_eval --output_dir results/fp32
     bash train.sh --bit_widths 4          # LoRA at W4A4KV4, all GPUs, the published hyper-parameters
+    bash train.sh --add_lora --base_quantization nf4                         # QLoRA
     MODEL=results/fp32 BIT_CONFIG=../configs/uniform_8.json bash eval.sh     # post-training quantization
 
 What is trained: everything without --add_lora / --bit_widths / --bit_config; with one of them the adapters and the QA
@@ -45,6 +46,9 @@ class ModelArguments(arguments.ModelArguments):
         "evaluation: PTQ",
         aliases=["--sp_config_path"],
     )
+    base_quantization: str | None = option(
+        None, "nf4: training with --add_lora beside a frozen base in 4 bits (QLoRA); checkpoints remember it"
+    )
     bitsandbytes: str | None = option(
         None, "evaluate with the linears quantized by bitsandbytes: 8bit or nf4 (weight-only)", aliases=["--bnb"]
     )
@@ -69,6 +73,14 @@ def check_args(model_args, data_args, training_args):
     if model_args.bitsandbytes and (training_args.do_train or ours):
         why = "is weight-only quantization after training: no --do_train, no bits and no --quantizer of ours"
         raise UserError(f"--bitsandbytes {why}")
+    if model_args.base_quantization:
+        flag = f"--base_quantization {model_args.base_quantization}"
+        if not training_args.do_train:
+            raise UserError(f"{flag} is for --do_train: checkpoints remember it; --bitsandbytes nf4 evaluates others")
+        if model_args.bit_widths or model_args.bit_config or model_args.quantizer == "rotated":
+            raise UserError(f"{flag} is the only quantization of a run: no bits, and no rotated quantizer")
+        if not model_args.add_lora:
+            raise UserError(f"{flag}: a base in 4 bits does not train; pass --add_lora")
 
 
 def build_model(model_args, training, tokenizer):
@@ -92,6 +104,8 @@ def build_model(model_args, training, tokenizer):
         start_lora(model, ["shared"], model_args)
     if model.config.lora_bank and not model.config.base_model_name_or_path:
         model.set_base(model_args.model_name_or_path)
+    if model_args.base_quantization:
+        model.quantize_base(model_args.base_quantization)
     model.set_execution(model_args.execution or ("fake" if training else "integer"), model_args.backward_dtype)
     return model
 

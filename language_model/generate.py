@@ -23,10 +23,9 @@ from common.arguments import CheckpointArguments, option
 from common.calibration import quantizer_label, set_quantizer
 from common.checksums import file_checksum
 from common.flags import parse_args
-from common.loading import load_model, load_tokenizer, resolve_configs
+from common.loading import describe_bits, load_model, load_tokenizer, resolve_configs
 from common.record import relative_path, run_record, write_json_atomic
 from common.script import plain_errors, setup_logging
-from models.bit_config import describe_bit_config
 from models.errors import UserError
 from models.kv_cache import QuantizedKVCache, cache_bytes
 from models.modeling_gpt2_quant import QuantGPT2LMHeadModel
@@ -161,7 +160,7 @@ def main():
         model=relative_path(model_args.model_name_or_path),
         bit_config={
             "name": name,
-            **describe_bit_config(resolved, model.layer_shapes()),
+            **describe_bits(model, resolved),
             **quantizer,
             "layers": resolved,
         },

@@ -8,8 +8,8 @@ import time
 import torch
 import torch.nn.functional as F
 
+from common.loading import describe_bits
 from common.statistics import markdown_table
-from models.bit_config import describe_bit_config
 from models.errors import UserError
 from models.user_input import read_text
 
@@ -77,9 +77,9 @@ def perplexity_of_configs(model, configs, quantizer, tokens, block_size, stride,
 
     quantizer: of `quantizer_label`.
     """
-    rows, shapes = [], model.layer_shapes()
+    rows = []
     for name, config in configs.items():
-        start, size = time.time(), describe_bit_config(config, shapes)
+        start, size = time.time(), describe_bits(model, config)
         with model.at_bits(config):
             found = perplexity(model, tokens, block_size, stride, batch_size, half)
         row = {"config": name, "quantizer": quantizer, "average_w_bits": size["average_w_bits"]}

@@ -33,7 +33,17 @@ from common.trainer import StepMeanTrainer
 from common.training_args import TrainingArguments
 from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2LMHeadModel
+from models.quantization import FLOAT_BITS
 from perplexity import calibration_blocks, perplexity_of_configs, read_tokens, table_lines
+
+
+@dataclasses.dataclass
+class ModelArguments(BankArguments):
+    """The model, its bank of adapters and its base."""
+
+    base_quantization: str | None = option(
+        None, "nf4: training with --bit_widths 32 beside a frozen base in 4 bits (QLoRA); checkpoints remember it"
+    )
 
 
 @dataclasses.dataclass
@@ -59,6 +69,13 @@ def check_args(model_args, text_args, training_args):
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise UserError("nothing to do: pass --do_train or --do_eval")
     check_bank(model_args)
+    if model_args.base_quantization:
+        flag = f"--base_quantization {model_args.base_quantization}"
+        if not training_args.do_train:
+            raise UserError(f"{flag} is for --do_train: a checkpoint remembers it")
+        ours = model_args.bit_configs or not set(model_args.bit_widths) <= set(FLOAT_BITS)
+        if ours or model_args.quantizer == "rotated":
+            raise UserError(f"{flag} is the only quantization of a run: --bit_widths 32, and no rotated quantizer")
     if training_args.fsdp or training_args.deepspeed:
         raise UserError("--fsdp and --deepspeed shard the model; here every process needs all of it")
     if training_args.do_predict or training_args.eval_strategy != "no":
@@ -114,6 +131,8 @@ def build_model(model_args, text_args, training_args, tokenizer):
             model.set_bit_config(config)  # refuses what the bank of a checkpoint has no adapter for
         if not model.config.base_model_name_or_path:
             model.set_base(model_args.model_name_or_path)
+        if model_args.base_quantization:
+            model.quantize_base(model_args.base_quantization)
     execution = model_args.execution or ("fake" if training_args.do_train else "integer")
     model.set_execution(execution, model_args.backward_dtype)
     model.loss_type = "ForCausalLM"  # transformers would look it up by the name of the class, and warn
@@ -160,7 +179,7 @@ def evaluate(model, configs, quantizer, tokens, block_size, stride, training_arg
 
 def main():
     start = time.time()
-    model_args, text_args, training_args = groups = parse_args(BankArguments, TextArguments, TrainingArguments)
+    model_args, text_args, training_args = groups = parse_args(ModelArguments, TextArguments, TrainingArguments)
     setup_logging(training_args)
     check_args(model_args, text_args, training_args)
     folder = OutputFolder(training_args, text_args.overwrite_output_dir, run_settings(*groups))

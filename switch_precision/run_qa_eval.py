@@ -35,7 +35,7 @@ from common.data import (
     set_qa_quantizer,
 )
 from common.flags import parse_args
-from common.loading import load_model, load_tokenizer, resolve_configs, trained_configs
+from common.loading import describe_bits, load_model, load_tokenizer, resolve_configs, trained_configs
 from common.noise import noise_floor
 from common.outliers import draw_outliers, outlier_lines
 from common.record import (
@@ -51,7 +51,6 @@ from common.resuming import run_lock
 from common.script import plain_errors, setup_logging
 from common.statistics import compare, markdown_table, with_interval
 from common.training_args import TrainingArguments
-from models.bit_config import describe_bit_config
 from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
 from trainer_qa import QuestionAnsweringTrainer
@@ -158,7 +157,7 @@ class Evaluator:
             model=relative_path(self.model_args.model_name_or_path),
             bit_config={
                 "name": name,
-                **describe_bit_config(resolved, self.model.layer_shapes()),
+                **describe_bits(self.model, resolved),
                 "lora_bank": self.model.config.lora_bank,
                 **self.quantizer,
                 "layers": resolved,
@@ -200,12 +199,12 @@ class Evaluator:
         """One row per config: size, cost, scores with intervals, drops against `reference` (a name), seconds."""
         scores = {name: record.get("scores") or self.scores(record["predictions"]) for name, record in records.items()}
         statistics = compare(scores, reference, num_bootstrap, self.training_args.seed)
-        unit, shapes = records[reference]["bit_config"]["bitops_per_token"], self.model.layer_shapes()
+        unit = records[reference]["bit_config"]["bitops_per_token"]
         return [
             {
                 "config": name,
                 "average_w_bits": record["bit_config"]["average_w_bits"],
-                "weight_mb": describe_bit_config(record["bit_config"]["layers"], shapes)["weight_bytes"] / 1e6,
+                "weight_mb": describe_bits(self.model, record["bit_config"]["layers"])["weight_bytes"] / 1e6,
                 "relative_bitops": record["bit_config"]["bitops_per_token"] / unit,
                 **statistics[name],
                 "seconds": record["wall_seconds"],

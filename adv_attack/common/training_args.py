@@ -15,8 +15,8 @@ class TrainingArguments(transformers.TrainingArguments):
     """transformers' TrainingArguments on the device that there is, with a default metric that the scripts have.
 
     A machine without accelerator runs on its CPU without being told (--use_cpu): several processes are one run there
-    too (gloo), and --bf16 works. Raises UserError: half precision that the device does not have, processes that would
-    not be one run, a best model among evaluations that never happen, an unknown metric.
+    too (gloo), and --bf16 works. Raises UserError: half precision or an optimizer that the device does not have,
+    processes that would not be one run, a best model among evaluations that never happen, an unknown metric.
     """
 
     metrics = ("f1", "exact_match", "loss")  # of an evaluation; the first one chooses the best model
@@ -32,6 +32,9 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.metric_for_best_model and self.greater_is_better is None:
             self.greater_is_better = not name.startswith("loss")  # that of a config too: loss_W4A4KV4
         super().__post_init__()
+        if "paged" in self.optim and self.device.type == "cpu":
+            why = "paged optimizer states lie in memory that CUDA shares with the host"
+            raise UserError(f"--optim {self.optim}: {why}; on a CPU pass --optim adamw_torch")
         too_late = self.eval_strategy == "steps" and 0 < self.max_steps < self.eval_steps
         if keeps and (self.eval_strategy == "no" or too_late):
             raise UserError(

@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from .bit_config import ALLOWED_BITS, SHORT_FORM, resolve_bit_config
 from .errors import UserError
 from .fast.integer import PACKED_BITS, unpack_int4
+from .nf4 import METHOD as NF4
 from .quantization import QUANTIZED_BITS
 from .rotation import rotation_faults
 from .user_input import show
@@ -119,6 +120,7 @@ OWN_RULES = RULES | {
     "bit_config": or_null((lambda value: isinstance(value, dict), "an object with the bits of every linear")),
     "quantizer": one_of(*QUANTIZERS),
     "trained_weights": FLAG,
+    "base_quantization": or_null(one_of(NF4)),
     "exported_widths": or_null((lambda value: isinstance(value, dict), "an object with the widths of every linear")),
 }
 
@@ -185,6 +187,8 @@ def config_faults(raw, own):
         ]
     if raw.get("base_model_name_or_path") and not raw.get("base_checksum"):
         faults.append('"base_checksum" is missing: a base is opened only if it is the one of the training')
+    if raw.get("base_quantization") and not (raw.get("base_model_name_or_path") and raw.get("lora_bank")):
+        faults.append('"base_quantization": the base needs "base_model_name_or_path" and, beside it, "lora_bank"')
     if sound and not {"bit_config", "trained_bit_configs", "exported_widths"}.intersection(wrong):
         faults += _bit_faults(raw, linear_shapes(raw))
     return faults

@@ -49,6 +49,7 @@ class PretrainedMixin:
         allowed = {key: RULES[key][1] if key in RULES else "no option" for key in wrong}
         refuse("from_pretrained", [f"{key} = {kwargs[key]!r}: {allowed[key]}" for key in wrong])
         fields, state = checkpoint.fields | kwargs, checkpoint.state
+        base_quantization = fields.pop("base_quantization", None)
         if "num_labels" in kwargs:
             fields = {key: value for key, value in fields.items() if key not in ("id2label", "label2id")}
         base = None
@@ -72,6 +73,11 @@ class PretrainedMixin:
                 f"{found[:16]}...; adapters do not fit other weights: say where their base is with "
                 "--base_model_name_or_path"
             )
+        if base_quantization:
+            try:
+                model.quantize_base(base_quantization)
+            except UserError as error:
+                raise UserError(f"{checkpoint.path}: {error}") from None
         model.config._commit_hash = checkpoint.commit
         if dtype:
             model.to(dtypes.get(dtype, dtype))
@@ -101,8 +107,10 @@ class PretrainedMixin:
     def set_base(self, name_or_path):
         """Make checkpoints refer to this frozen base (name or path, commit, checksum) instead of containing it.
 
-        Raises ValueError for a model that was cast: its weights are not those of the base any more.
+        Raises ValueError for a model that was cast or quantized: its weights are not those of the base any more.
         """
+        if self.config.base_quantization:
+            raise UserError(f"set_base comes before quantize_base: the base is {self.config.base_quantization}")
         if self.dtype != torch.float32:
             raise UserError(f"a base of dtype {self.dtype}: adapters are trained on a base in float32")
         is_folder = os.path.isdir(name_or_path)
@@ -122,9 +130,10 @@ class PretrainedMixin:
     def save_pretrained(self, save_directory, state_dict=None, **kwargs):
         """Write config and weights; with `set_base` only adapters and head. Every file appears whole or not at all.
 
-        Raises ValueError after `drop_float_weights`, OSError.
+        Raises ValueError after `drop_float_weights`, and after `quantize_base` without `set_base`; OSError.
         """
-        if any(layer.weight is None for layer in self.quant_layers().values()):
+        nf4_of_base = self.config.base_quantization and self.config.base_model_name_or_path
+        if not nf4_of_base and any(layer.weight is None for layer in self.quant_layers().values()):
             raise UserError("the float weights were dropped (drop_float_weights): this model has no float checkpoint")
         state_dict = self.state_dict() if state_dict is None else state_dict
         if self.config.base_model_name_or_path:

@@ -43,7 +43,8 @@ class QuantGPT2Config(GPT2Config):
     base_model_revision (commit on the hub) and base_checksum: the frozen base, which an adapter checkpoint refers to
     and does not contain; exported_widths: what widths of each linear a deployable checkpoint has (exported.py);
     trained_bit_configs: what is evaluated by default; quantizer: "minmax" or "rotated", see `set_rotations`;
-    trained_weights: the linears' own weights were trained at their bits, see `QuantLinear`.
+    trained_weights: the linears' own weights were trained at their bits, see `QuantLinear`; base_quantization: "nf4"
+    where the adapters were trained beside such a base, which is made anew from the float one (`quantize_base`).
     The own model_type keeps AutoModel from loading (out, in) weights as Conv1D.
     """
 
@@ -59,6 +60,7 @@ class QuantGPT2Config(GPT2Config):
     trained_bit_configs: list | None = None
     quantizer: str = "minmax"
     trained_weights: bool = False
+    base_quantization: str | None = None
 
 
 AutoConfig.register("quant_gpt2", QuantGPT2Config)

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from .bit_config import ALLOWED_BITS, has_kv, resolve_bit_config
+from .bit_config import ALLOWED_BITS, has_kv, resolve_bit_config, short_name
 from .checkpoint import QuantGPT2Config
 from .checkpoint_rules import is_base
 from .errors import UserError
@@ -29,9 +29,12 @@ from .execution import Execution
 from .exported import served_widths
 from .fast import attention
 from .fast.blocks import PiecewiseMLP, TanhGELU
+from .nf4 import METHOD as NF4
+from .nf4 import import_bitsandbytes
 from .pretrained import PretrainedMixin
 from .quant_linear import QuantLinear
 from .quantization import FLOAT_BITS
+from .user_input import refuse
 
 
 class QuantGPT2Mixin(PretrainedMixin):
@@ -76,9 +79,11 @@ class QuantGPT2Mixin(PretrainedMixin):
         layers = self.quant_layers()
         resolved = resolve_bit_config(config, layers)
         source = config if isinstance(config, str | os.PathLike) else "bit config"
-        faults = []
+        faults, nf4 = [], bool(self.config.base_quantization)
+        if nf4 and any(bits not in FLOAT_BITS for layer in resolved.values() for bits in layer.values()):
+            raise UserError(f"{source}: the base of this model is {NF4}: allowed are 16 and 32 bits of W, A and KV")
         for name, layer in layers.items():
-            w_bits, codes = resolved[name]["w_bits"], layer.stored_codes() if layer.weight is None else None
+            w_bits, codes = resolved[name]["w_bits"], None if layer.weight is not None or nf4 else layer.stored_codes()
             asked = f'{source}: "{name}".w_bits = {w_bits}, but '
             if layer.lora_A and not {"shared", str(w_bits)}.intersection(layer.lora_A):
                 faults.append(f"{asked}the LoRA bank has only {list(layer.lora_A)}")
@@ -133,6 +138,31 @@ class QuantGPT2Mixin(PretrainedMixin):
         found = {name: layer.rotation for name, layer in self.quant_layers().items()}
         return None if None in found.values() else found
 
+    # ---- a base in 4 bits
+
+    def quantize_base(self, method=NF4):
+        """Hold the frozen weights of all linears as NF4 codes from now on; the adapters train beside them (nf4.py).
+
+        Raises UserError, and changes nothing: another method, no adapters, weights or bits that are quantized
+        otherwise, no bitsandbytes.
+        """
+        if self.config.base_quantization == method:
+            return
+        layers, bits = self.quant_layers(), self.config.bit_config
+        quantized = any(width not in FLOAT_BITS for layer in bits.values() for width in layer.values())
+        checks = [
+            (method != NF4, f"allowed is {NF4}"),
+            (not self.config.lora_bank, "adapters train beside it, and the model has none"),
+            (any(layer.weight is None for layer in layers.values()), "the model has no float weights to make it from"),
+            (self.config.quantizer != "minmax", f"the model has the {self.config.quantizer} quantizer"),
+            (quantized, f"the model has bits of its own, {short_name(bits)}; allowed are 16 and 32 for W, A and KV"),
+        ]
+        refuse(f"base_quantization = {method}", [fault for there, fault in checks if there])
+        import_bitsandbytes()
+        for layer in layers.values():
+            layer.set_nf4()
+        self.config.base_quantization = method
+
     # ---- execution
 
     def quantization_off(self):
@@ -174,6 +204,7 @@ class QuantGPT2Mixin(PretrainedMixin):
         """Memory that the weights of the quantized linears take now: codes, scales and float weights."""
         kept = [pair for layer in self.quant_layers().values() for pair in layer.stored_codes().values()]
         kept.append([layer.weight for layer in self.quant_layers().values() if layer.weight is not None])
+        kept.append([layer.nf4 for layer in self.quant_layers().values() if layer.nf4 is not None])
         return sum(tensor.nbytes for tensors in kept for tensor in tensors)
 
     # ---- LoRA

@@ -9,6 +9,7 @@ from torch import nn
 from .errors import UserError
 from .execution import Execution
 from .fast.integer import PACKED_BITS, integer_linear, is_supported, pack_int4, unpack_int4
+from .nf4 import NF4Weight, nf4_linear
 from .quantization import (
     FLOAT_BITS,
     QUANTIZED_BITS,
@@ -29,7 +30,8 @@ class QuantLinear(nn.Module):
     `w_bits`, `a_bits`, `kv_bits` are state of the module, set by `set_bit_config`. The adapter reads the unquantized x
     (QLoRA's order); `w_bits` selects it. K and V are the last two thirds of `attn.c_attn`'s output, in heads of
     `head_size`. `rotation`: the vector d of the rotated quantizer, see rotation.py; None: MinMax.
-    `trained`: the weight was trained at its bits, and keeps its MinMax scale. `execution`: see `set_execution`.
+    `trained`: the weight was trained at its bits, and keeps its MinMax scale. `nf4`: a frozen weight in place of
+    `weight`, see `set_nf4`. `execution`: see `set_execution`.
     """
 
     def __init__(self, in_features, out_features, head_size=None):
@@ -42,7 +44,7 @@ class QuantLinear(nn.Module):
         self.w_bits, self.a_bits, self.kv_bits = 32, 32, 32 if head_size else None
         self.head_size = head_size
         self.register_buffer("rotation", None)
-        self.trained = False
+        self.trained, self.nf4 = False, None
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()  # peft's names; keys "4", "8", ... or "shared"
         self.scaling = 0.0
         self.execution = Execution()
@@ -100,6 +102,8 @@ class QuantLinear(nn.Module):
             check_block(self.in_features, "this linear")
             check_block(self.head_size or self.in_features, "the heads of K and V")
             refuse("set_rotation", rotation_faults("rotation", d, self.in_features))
+            if self.nf4 is not None:
+                raise UserError("an nf4 base is not rotated")
             d = d.detach().clone().to(self.bias.device)
         if self.weight is None and self._quantized:
             raise UserError("the codes of a model without float weights are of one quantizer: it cannot be changed")
@@ -111,6 +115,11 @@ class QuantLinear(nn.Module):
         return None if self.rotation is None else self.head_size
 
     # ---- codes of the weight
+
+    def set_nf4(self):
+        """Hold the weight, which is frozen, as NF4 codes from now on; the bits of a layer are 16 or 32 then."""
+        self.nf4, self.weight = NF4Weight(self.weight), None
+        self._quantized, self._quantized_from = {}, None
 
     def quantized_weight(self):
         """(codes, scale) of the weight at `w_bits`; of a frozen weight made once per width and kept until it changes.
@@ -175,6 +184,8 @@ class QuantLinear(nn.Module):
     def _apply(self, fn, *args, **kwargs):
         if self.weight is None:  # move the codes; .half() and the like leave the scales float32
             self._quantized = {w_bits: (fn(c), s.to(fn(c).device)) for w_bits, (c, s) in self._quantized.items()}
+        if self.nf4 is not None:
+            self.nf4.to(fn(self.nf4.codes).device)
         self.clear_quantized()  # .to(), .half(), .cuda() replace the storage of the weight
         rotation = self.rotation
         super()._apply(fn, *args, **kwargs)
@@ -189,7 +200,9 @@ class QuantLinear(nn.Module):
     # ---- forward
 
     def _path(self, x):
-        """How `forward` computes Q(x) Q(W)^T + b: on the float weight, on its codes ("frozen"), or all "integer"."""
+        """How `forward` computes Q(x) Q(W)^T + b: on the float weight, its codes ("frozen", "nf4"), or all "integer"."""
+        if self.nf4 is not None:
+            return "nf4"
         floats = self.w_bits in FLOAT_BITS or self.execution.kind == "float"
         if (floats and self.weight is not None) or (self.can_train and torch.is_grad_enabled()):
             return "float"
@@ -218,6 +231,8 @@ class QuantLinear(nn.Module):
         if path == "float":  # what has 16 or 32 bits goes in as it is, and is not rotated
             weight = fake_quantize(self.weight, w_bits, None if d is None else 1 / d)
             y = F.linear(fake_quantize(x, a_bits, d), weight, self.bias)
+        elif path == "nf4":
+            y = nf4_linear(x, self.nf4, self.bias)
         else:
             rest = d, integer_linear if path == "integer" else None, self.execution.backward_dtype
             y = frozen_linear(x, *self.quantized_weight(), self.bias, a_bits, *rest)
@@ -227,5 +242,5 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self):
         bits = f"w_bits={self.w_bits}, a_bits={self.a_bits}" + (f", kv_bits={self.kv_bits}" if self.kv_bits else "")
-        bits += "" if self.rotation is None else ", rotated"
+        bits += ("" if self.rotation is None else ", rotated") + ("" if self.nf4 is None else ", nf4")
         return f"in_features={self.in_features}, out_features={self.out_features}, {bits}, lora={list(self.lora_A)}"

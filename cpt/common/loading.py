@@ -74,10 +74,21 @@ def load_model(model_class, model_args, tokenizer):
     return model
 
 
+def describe_bits(model, resolved):
+    """`describe_bit_config` of one of the model's configs. An NF4 base is counted with all its scales."""
+    found = describe_bit_config(resolved, model.layer_shapes())
+    if method := model.config.base_quantization:
+        layers, size = model.quant_layers().values(), model.quantized_bytes()
+        bits = 8 * size / sum(layer.in_features * layer.out_features for layer in layers)
+        found |= {"average_w_bits": bits, "weight_bytes": size, "layers_per_w_bits": {method: len(layers)}}
+    return found
+
+
 def describe_model(model):
     """{"name", "layers" (resolved config), average bits, sizes, trainable parameters}; logged and recorded."""
     resolved = model.config.bit_config
-    description = {"name": short_name(resolved), **describe_bit_config(resolved, model.layer_shapes())}
+    name = model.config.base_quantization or short_name(resolved)
+    description = {"name": name, **describe_bits(model, resolved)}
     trainable, total = model.num_parameters(only_trainable=True), model.num_parameters()
     logger.info("bits: %s", json.dumps(description))
     logger.info("LoRA bank: %s; trainable: %d of %d parameters", model.config.lora_bank, trainable, total)

@@ -3,6 +3,8 @@
 import hashlib
 import json
 
+import torch
+
 
 def json_checksum(obj) -> str:
     """sha256 of what `obj` is after a way through JSON: the order of keys and the layout do not matter."""
@@ -39,8 +41,11 @@ def model_checksum(model):
     names = "transformers_version architectures _name_or_path base_model_name_or_path base_model_revision "
     for key in f"{names} base_checksum bit_config trained_bit_configs quantizer".split():  # its vectors are weights
         config.pop(key, None)
-    if not config.get("trained_weights"):  # as in checkpoints that are older than this key
-        config.pop("trained_weights", None)
+    for key in ("trained_weights", "base_quantization"):
+        if not config.get(key):  # as in checkpoints that are older than this key
+            config.pop(key, None)
+    for name, layer in model.quant_layers().items() if model.config.base_quantization else ():
+        tensors[f"{name}.weight"] = layer.nf4.dequantize(torch.float32)
     for name, layer in model.quant_layers().items() if model.config.exported_widths else ():
         for bits, (codes, scale) in layer.stored_codes().items():
             tensors |= {f"{name}.codes.{bits}": codes, f"{name}.scale.{bits}": scale}

@@ -14,6 +14,7 @@ from common.training_args import refuse_processes
 from models.bit_config import ALLOWED_BITS, ALLOWED_TEXT
 from models.checkpoint_rules import QUANTIZERS
 from models.errors import UserError
+from models.nf4 import METHOD as NF4
 from models.user_input import read_json, show
 
 NAME_MAX = 255  # bytes of a file's name, on all common file systems
@@ -33,6 +34,7 @@ CHOICES = {
     "backward_dtype": ("fp32", "bf16"),
     "measure_split": ("validation", "train"),
     "quantizer": QUANTIZERS,
+    "base_quantization": (NF4,),
 }
 WIDTHS = ("bit_widths", "eval_bit_widths", "fixed_bits")
 
