@@ -200,7 +200,7 @@ class QuantLinear(nn.Module):
     # ---- forward
 
     def _path(self, x):
-        """How `forward` computes Q(x) Q(W)^T + b: on the float weight, its codes ("frozen", "nf4"), or all "integer"."""
+        """How `forward` computes Q(x) Q(W)^T + b: on float weights, codes ("frozen", "nf4"), or all "integer"."""
         if self.nf4 is not None:
             return "nf4"
         floats = self.w_bits in FLOAT_BITS or self.execution.kind == "float"

@@ -27,17 +27,18 @@ class NF4Weight:
     """Codes and scales of a weight (out, in) float; they are made where it lies and moved with `to`."""
 
     def __init__(self, weight):
-        self.shape, self._functional = weight.shape, import_bitsandbytes().functional
+        self.shape = weight.shape
         # One long row: on a CPU bitsandbytes dequantizes rows that are no multiple of a block wrongly, or not at all.
         flat = weight.detach().reshape(1, -1)
         options = {"blocksize": BLOCK, "quant_type": METHOD, "compress_statistics": True}
-        self.codes, self.state = self._functional.quantize_4bit(flat, **options)
+        self.codes, self.state = import_bitsandbytes().functional.quantize_4bit(flat, **options)
         self.state.shape = torch.Size((1, 2 * self.codes.numel()))  # with the code that fills up the last byte
 
     def dequantize(self, dtype):
         """The weight's values, (out, in) in `dtype`."""
         self.state.dtype = dtype
-        return self._functional.dequantize_4bit(self.codes, self.state).view(-1)[: self.shape.numel()].view(self.shape)
+        flat = import_bitsandbytes().functional.dequantize_4bit(self.codes, self.state).view(-1)
+        return flat[: self.shape.numel()].view(self.shape)
 
     def to(self, device):
         self.codes = self.codes.to(device)
