@@ -29,13 +29,13 @@ def keep_only(model, resolved, execution):
             layer.set_stored_codes(layer.stored_codes([layer.w_bits]))
 
 
-def _resident(field):
+def resident(field):
     """VmRSS (now) or VmHWM (peak) of this process in bytes."""
     with open("/proc/self/status", encoding="ascii") as file:
         return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", file.read())[1])
 
 
-def _peak_of(run, cuda):
+def peak_of(run, cuda):
     """Peak bytes while `run` runs: allocated on the GPU, or resident in the host's memory."""
     gc.collect()
     if cuda:
@@ -46,7 +46,7 @@ def _peak_of(run, cuda):
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")  # VmHWM starts anew
     run()
-    return _resident("VmHWM")
+    return resident("VmHWM")
 
 
 def measure_memory(args):
@@ -56,7 +56,7 @@ def measure_memory(args):
     why_missing(args.peer, args.device)  # imports its packages
     if args.peer in COMPILED:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=args.device))  # loads the compiler
-    before = 0 if cuda else _resident("VmRSS")
+    before = 0 if cuda else resident("VmRSS")
     model, configs = load(args)
     resolved = configs.get(args.config)
     if not args.training and args.peer in OURS:
@@ -70,7 +70,7 @@ def measure_memory(args):
         for shape in args.shapes:
             ids = torch.randint(0, vocabulary, tuple(map(int, shape.split("x"))), device=args.device)
             peer.run(ids)
-            found["peak_bytes"][shape] = _peak_of(lambda: peer.run(ids), cuda) - before  # noqa: B023 - runs at once
+            found["peak_bytes"][shape] = peak_of(lambda: peer.run(ids), cuda) - before  # noqa: B023 - runs at once
     return found | {"linear_bytes": peer.linear_bytes(), "stored_bytes": peer.stored_bytes()}
 
 

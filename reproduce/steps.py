@@ -69,6 +69,12 @@ STEPS = {
         f"separator_{name}": train("base_model", "--add_lora", f"--question_separator '{text}'", "{+separator}")
         for name, text in {"none": "", "newline": "\\n", "space": " "}.items()
     },
+    # a base of 4-bit weights alone, activations and K/V in float: NF4 (QLoRA) and ours, at the steps of lora_fp32
+    "qlora_nf4": train("base_model", "--add_lora", "--base_quantization nf4"),
+    **{
+        f"qlora_w4_{quantizer}": train("base_model", "--bit_config W4A16KV16", f"--quantizer {quantizer}")
+        for quantizer in QUANTIZERS
+    },
     # switch_precision: one model for 4 and 8 bits; which layers need 8 is measured on training questions
     "switch_train": train("switch_precision", "--bit_widths 4 8", "{+switch}"),
     "switch_minmax": train("switch_precision", "--bit_widths 4 8 --quantizer minmax --curriculum 0", "{+switch}"),

@@ -237,7 +237,7 @@ def test_exported_checkpoints(main, bank, tmp_path):
 @pytest.fixture
 def only_sizes(monkeypatch):
     """No peaks: in the tests' own process they mean nothing and take seconds."""
-    monkeypatch.setattr(memory, "_peak_of", lambda run, cuda: 0)
+    monkeypatch.setattr(memory, "peak_of", lambda run, cuda: 0)
 
 
 @pytest.mark.parametrize("config", ["W8A8KV8", "W4A8KV8"])

@@ -239,6 +239,7 @@ def test_learns_and_is_evaluated_as_it_was_trained(call, squad_files, monkeypatc
     assert trained["metrics"]["eval_exact_match"] >= 87.5
     bits = trained["bit_config"]
     assert bits["name"] == "nf4" and 4.1 < bits["average_w_bits"] < 4.3 and bits["layers_per_w_bits"] == {"nf4": 8}
+    assert bits["quantizer"] == "nf4"
 
     out = tmp_path / "out"
     config, state = config_of(out), load_file(out / "model.safetensors")
@@ -252,6 +253,7 @@ def test_learns_and_is_evaluated_as_it_was_trained(call, squad_files, monkeypatc
     for record, prefix in ((again, "eval"), (table, "checkpoint")):
         for metric in ("exact_match", "f1"):
             assert record["metrics"][f"{prefix}_{metric}"] == trained["metrics"][f"eval_{metric}"]
+    assert "Quantizer: nf4." in (tmp_path / "table" / "table.md").read_text()
     (row,) = table["rows"]
     assert row["average_w_bits"] == bits["average_w_bits"] and row["weight_mb"] == bits["weight_bytes"] / 1e6
 
@@ -268,7 +270,7 @@ def test_learns_and_is_evaluated_as_it_was_trained(call, squad_files, monkeypatc
         call(run_qa, *same, "--bit_config", "8", out="bits", model=out, train=False)
     with pytest.raises(UserError, match="the base of this model is nf4"):
         call(run_qa_eval, *same, "--bit_configs", "32", "8", out="bits", model=out, train=False)
-    with pytest.raises(UserError, match="an nf4 base is not rotated"):
+    with pytest.raises(UserError, match="--quantizer rotated: the base of this model is nf4"):
         call(run_qa, *same, "--quantizer", "rotated", out="bits", model=out, train=False)
     words = ["--model_name_or_path", out, "--bit_configs", "8", "--output_dir", tmp_path / "bits"]
     monkeypatch.setattr(sys, "argv", ["export.py", *map(str, words)])

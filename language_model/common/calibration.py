@@ -74,7 +74,8 @@ def set_quantizer(model, model_args, seed, windows, checkpoint=None):
     """Give the model the quantizer of --quantizer (None: its own); returns what a record says about it.
 
     windows: makes the calibration windows, called where they are needed; checkpoint: folder of a training that is
-    resumed, whose rotation is taken. Raises UserError: a checkpoint of the other quantizer, an exported model.
+    resumed, whose rotation is taken. An NF4 base is its own quantizer. Raises UserError: a checkpoint of the other
+    quantizer, an exported model, rotated beside an NF4 base.
     """
     found = model.config.quantizer
     asked = model_args.quantizer or found
@@ -84,6 +85,10 @@ def set_quantizer(model, model_args, seed, windows, checkpoint=None):
         raise UserError(f"--quantizer {asked}: {own}: export the checkpoint that it was made from anew")
     if checkpoint and (trained := read_config(checkpoint, {})[1].get("quantizer", "minmax")) != asked:
         raise UserError(f"{checkpoint}: trained with --quantizer {trained}, not {asked}")
+    if method := model.config.base_quantization:
+        if asked == "rotated":
+            raise UserError(f"--quantizer rotated: the base of this model is {method}, which is not rotated")
+        return dict.fromkeys(about, method)
     if asked == "minmax":
         model.set_rotations(None)
         return about
