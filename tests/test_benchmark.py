@@ -308,6 +308,53 @@ def test_rotated_is_timed_in_the_rounds_of_minmax(script, flags, pair, monkeypat
         assert f"calibration on 2 windows of 180 tokens: {metrics['calibration_seconds']:.1f} s" in printed
 
 
+# ---- memory of a training step
+
+
+SIZES = ["--layers", "2", "--width", "64", "--batch_size", "2", "--length", "8", "--threads", "1", "--device", "cpu"]
+
+
+def test_memory_of_a_step_beside_its_parts(monkeypatch, tmp_path, capsys):
+    bench = load_script("benchmark/bench_memory.py")
+
+    def measured(name, args):
+        return bench.measure(argparse.Namespace(**vars(args) | {"variant": name}))
+
+    monkeypatch.setattr(bench, "measured_in_its_own_process", measured)
+    monkeypatch.setattr(bench, "peak_of", lambda run, cuda: run() or 10**9)
+    monkeypatch.setattr(sys, "argv", ["bench_memory.py", *SIZES, "--output", str(tmp_path / "r.json")])
+    bench.main()
+    metrics, rows = json.loads((tmp_path / "r.json").read_text())["metrics"], bench.VARIANTS
+    assert list(metrics["variants"]) == list(rows) and "QLoRA, nf4 base" in capsys.readouterr().out
+    assert metrics["nf4_scale_bits"] == pytest.approx({"without": 0.5, "with": 0.127, "saved": 0.373}, abs=4e-3)
+    for name, (widths, base) in rows.items():
+        row, model = metrics["variants"][name], bench.make_model(bench.config_of(2, 64), widths, base)
+        trainable = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert row["parts"]["trainable"] == row["parts"]["gradients"] == row["parts"]["states"] / 2 == trainable
+        others = 4 * sum(
+            p.numel() for n, p in model.named_parameters() if n.removesuffix(".weight") not in linears(model)
+        )
+        assert row["parts"]["base"] + trainable == others + row["linear_bytes"], name
+        assert row["xl_parts_bytes"] == sum(row["xl_parts_computed"].values()) > 50 * row["parts_bytes"]
+    full, lora, qlora = (metrics["variants"][name]["xl_parts_bytes"] for name in list(rows)[:3])
+    assert full == 16 * 1_557_614_402 and qlora < lora / 3 < full / 9
+
+
+def linears(model):
+    return model.quant_layers().keys()
+
+
+@pytest.mark.slow
+def test_memory_of_a_step_is_measured_in_a_process_of_its_own():
+    bench = load_script("benchmark/bench_memory.py")
+    args = argparse.Namespace(layers=1, width=64, batch_size=2, length=8, threads=1, device="cpu")
+    found = bench.measured_in_its_own_process("QLoRA, nf4 base", args)
+    assert found["linear_bytes"] < 64 * 64 * 12 and found["peak_bytes"] > 50_304 * 64 * 4
+    args.length = 2000  # more than the model has positions
+    with pytest.raises(RuntimeError, match="LoRA: its process ended with 1\n"):
+        bench.measured_in_its_own_process("LoRA", args)
+
+
 # ---- command line
 
 
