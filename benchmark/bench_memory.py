@@ -1,6 +1,6 @@
 """Memory of one training step: full fine-tuning, LoRA, QLoRA and ours, each in a process of its own; NF4's scales.
 
-    python benchmark/bench_memory.py --output results/bench_memory.json     # GPT-2 124M size; about 4 minutes
+    python benchmark/bench_memory.py --output results/bench_memory.json     # GPT-2 124M size
     python benchmark/bench_memory.py --layers 2 --width 128 --length 64
 
 Random weights, float32, LoRA r 8 on all linears, AdamW, dropout as GPT-2 ships it. Peak: of the second step, over the
