@@ -20,12 +20,11 @@ from common.arguments import CheckpointArguments, option
 from common.calibration import quantizer_label, set_quantizer
 from common.checksums import file_checksum
 from common.flags import parse_args
-from common.loading import load_model, load_tokenizer, resolve_configs
+from common.loading import describe_bits, load_model, load_tokenizer, resolve_configs
 from common.record import relative_path, run_record, write_json_atomic
 from common.script import plain_errors, setup_logging
 from common.statistics import markdown_table
 from generate import GenerationArguments, check_args, generate, read_prompts
-from models.bit_config import describe_bit_config
 from models.bitsandbytes_ptq import LABELS, BitsAndBytesLinear, quantize_with_bitsandbytes
 from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2LMHeadModel
@@ -76,9 +75,9 @@ def kept_bytes(model):
 
 def rows_of(model, configs, label, tokenizer, prompts, args, tokens, load):
     """Rows of our configs, then of bitsandbytes if asked for. load(): the model anew, at its first config."""
-    rows, shapes = [], model.layer_shapes()
+    rows = []
     for name, resolved in tqdm(configs.items(), desc="precisions", leave=False):
-        size = describe_bit_config(resolved, shapes)
+        size = describe_bits(model, resolved)
         with model.at_bits(resolved):
             row = measure(model, tokenizer, prompts, args, tokens)
         rows.append({"precision": name, "weight_bytes": size["weight_bytes"], "notes": label, **row})

@@ -9,6 +9,7 @@ Weight-only, unlike this repository's W-A-KV configs, so its numbers stand in co
 from torch import nn
 
 from .errors import UserError
+from .nf4 import METHOD, import_bitsandbytes
 
 LABELS = {"8bit": "bitsandbytes int8 (weight-only)", "nf4": "bitsandbytes nf4 + double quantization (weight-only)"}
 METHODS = tuple(LABELS)
@@ -36,12 +37,10 @@ def quantize_with_bitsandbytes(model, method):
     """
     if method not in METHODS:
         raise UserError(f"bitsandbytes method {method!r}: allowed are {', '.join(METHODS)}")
-    if model.config.exported_widths:
-        raise UserError("bitsandbytes quantizes float weights, and an exported checkpoint has none")
-    try:
-        import bitsandbytes as bnb
-    except ImportError as error:
-        raise UserError("bitsandbytes is not installed: pip install -r requirements.txt") from error
+    if model.config.exported_widths or model.config.base_quantization:
+        kind = "an exported checkpoint" if model.config.exported_widths else f"one of an {METHOD} base"
+        raise UserError(f"bitsandbytes quantizes float weights, and {kind} has none")
+    bnb = import_bitsandbytes()
     for name, layer in model.quant_layers().items():
         out_features, in_features = layer.weight.shape
         if method == "nf4" and in_features % 64:
