@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import random
 import time
 
@@ -11,14 +12,33 @@ import torch.nn.functional as F
 from common.loading import describe_bits
 from common.statistics import markdown_table
 from models.errors import UserError
-from models.user_input import read_text
+from models.user_input import parse_json, read_text, show
 
 logger = logging.getLogger("perplexity")
 
 
+def read_json_lines(path):
+    """The objects of a .jsonl file, each with a string under "text". Raises UserError naming file and line."""
+    rows = []
+    for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), 1):
+        row = parse_json(line, f"{path}, line {number}")
+        if not (isinstance(row, dict) and isinstance(row.get("text"), str)):
+            raise UserError(f'{path}, line {number}: {show(row)}: allowed is an object with a string "text"')
+        rows.append(row)
+    return rows
+
+
 def read_tokens(path, tokenizer, at_least):
-    """Token ids of a text file, (tokens,) int64; it must have `at_least` so many."""
-    tokens = tokenizer(read_text(path), return_tensors="pt", verbose=False)["input_ids"][0].long()
+    """Token ids of a text file, (tokens,) int64; it must have `at_least` so many.
+
+    Of a .jsonl file (generate_data.py) the texts, one after the other, each ended by the end-of-text token.
+    """
+    if os.fspath(path).endswith(".jsonl"):
+        texts = [row["text"] for row in read_json_lines(path)]
+        ids = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+        tokens = torch.tensor([token for text in ids for token in (*text, tokenizer.eos_token_id)])
+    else:
+        tokens = tokenizer(read_text(path), return_tensors="pt", verbose=False)["input_ids"][0].long()
     if len(tokens) < at_least:
         raise UserError(f"{path}: {len(tokens)} tokens, at least {at_least} are needed (see --block_size)")
     return tokens
