@@ -5,10 +5,9 @@
     python generate_data.py --model_name_or_path gpt2 --first_tokens 1000 --max_tokens 200000 --output_dir results/data
 
 A text starts with its token alone (no start token); its first 3, then 4, then 5 tokens (--greedy_lengths, a text each)
-are the likeliest ones, the others are drawn, until the end-of-text token or --max_length. Writes OUTPUT_DIR/texts.jsonl,
-a line per text: {"first_token", "greedy_length", "tokens", "text"}, which run_clm.py takes as --train_file. The KV
-cache is quantized where --bit_config says so. A killed run goes on when the same command is given again, to the same
-bytes.
+are the likeliest ones, the others are drawn, until the end-of-text token or --max_length. OUTPUT_DIR/texts.jsonl has a
+line per text: {"first_token", "greedy_length", "tokens", "text"}; run_clm.py takes it as --train_file. The KV cache is
+quantized where --bit_config says so. A killed run goes on when the same command is given again, to the same bytes.
 """
 
 import dataclasses
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import set_seed
+from transformers.cache_utils import DynamicLayer
 
 from common.arguments import CheckpointArguments, option
 from common.calibration import set_quantizer
@@ -92,6 +92,33 @@ def texts_to_make(args, vocabulary, max_length):
     return [(first, length) for length in lengths for first in ids]
 
 
+class RoomyLayer(DynamicLayer):
+    """K and V of one attention layer in a buffer of `length` tokens, of which they are the beginning.
+
+    Adding a token copies nothing: upstream's concatenation takes longer than all the rest of a step.
+    """
+
+    def __init__(self, length):
+        super().__init__()
+        self.length = length
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.buffer, self.used = (
+                key_states.new_empty(2, *key_states.shape[:2], self.length, key_states.shape[3]),
+                0,
+            )
+        before, self.used = self.used, self.used + key_states.shape[2]
+        self.buffer[0, :, :, before : self.used], self.buffer[1, :, :, before : self.used] = key_states, value_states
+        self.keys, self.values = self.buffer[:, :, :, : self.used]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        self.buffer = self.buffer[:, indices]
+        self.keys, self.values = self.buffer[:, :, :, : self.used]
+
+
 def largest_logits(logits, k):
     """Values and ids of the k largest logits, largest first: those of topk, in a tenth of its time.
 
@@ -131,6 +158,7 @@ def make_texts(model, items, max_length, end, args):
     tokens = torch.zeros(len(items), max_length, dtype=torch.long, device=model.device)
     tokens[:, 0] = torch.tensor([first for first, _ in items])
     rows, cache = torch.arange(len(items), device=model.device), QuantizedKVCache(model.config)
+    cache.layers = [RoomyLayer(max_length) if isinstance(x, DynamicLayer) else x for x in cache.layers]
     running = torch.ones_like(rows, dtype=torch.bool)
     for at in range(1, max_length):
         with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):

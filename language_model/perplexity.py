@@ -22,8 +22,11 @@ def read_json_lines(path):
     rows = []
     for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), 1):
         row = parse_json(line, f"{path}, line {number}")
-        if not (isinstance(row, dict) and isinstance(row.get("text"), str)):
-            raise UserError(f'{path}, line {number}: {show(row)}: allowed is an object with a string "text"')
+        try:
+            row["text"].encode()
+        except (KeyError, TypeError, AttributeError, UnicodeEncodeError):
+            allowed = 'an object with a string "text"'
+            raise UserError(f"{path}, line {number}: {show(row)}: allowed is {allowed}") from None
         rows.append(row)
     return rows
 

@@ -4,6 +4,7 @@ python quickstart/report.py --records quickstart/work/records --output_dir quick
 python quickstart/report.py --records results/quickstart --output_dir results --pages README.md quickstart/README.md
 python quickstart/report.py --attack results/adv_attack/plain_rpi.json --pages adv_attack/README.md
 python quickstart/report.py --benchmark results/benchmark.json --pages benchmark/README.md
+python quickstart/report.py --language_model results/small_lm --pages language_model/README.md
 python quickstart/report.py --compare results/cpt_compare.json --pages cpt/README.md
 """
 
@@ -70,6 +71,8 @@ OVERVIEW = {
         for bits in (8, 7, 6, 4)
     },
 }
+FLOAT = "W32A32KV32"
+LM_CONFIGS = (FLOAT, "W8A8KV8", "W4A8KV8", "W4A8KV4", "W4A4KV4")
 UNQUANTIZED = ("full fine-tuning, float32", "LoRA, not quantized (published: bf16)")
 
 
@@ -213,6 +216,29 @@ def step_table(record):
     return markdown([head, f"{'time' if key == 'ratio' else key}, ratio (min - max)"], cells)
 
 
+def language_model_table(records):
+    """Markdown of language_model's perplexities in a folder of records: mean (min - max) over the seeds."""
+    cells = {}
+    for path in sorted(records.glob("lm_*.json")):
+        record = load(path)
+        training = record.get("training", {"trains": "nothing (post-training)", "objective": ""})
+        own = record["data"].get("train", {}).get("source", "").endswith(".jsonl")
+        learnt = {"ce": "cross-entropy", "kd": "distillation", "": "-"}[training["objective"]]
+        text = "-" if learnt == "-" else "generated" if own else "real"
+        for row in record.get("rows", ()):
+            quantizer = "-" if row["config"] == FLOAT else row["quantizer"].split()[0]
+            key = training["trains"], learnt, text, quantizer
+            cells.setdefault(key, {}).setdefault(row["config"], []).append(row["perplexity"])
+    configs = [name for name in LM_CONFIGS if any(name in found for found in cells.values())]
+    rows = []
+    for key, found in sorted(cells.items(), key=lambda pair: (pair[0][0] != "nothing (post-training)", pair[0])):
+        values = [found.get(name, []) for name in configs]
+        several = [shown(sum(v) / len(v), min(v), max(v), 2) if len(v) > 1 else "" for v in values]
+        single = ["{:.2f}".format(*v) if len(v) == 1 else "" for v in values]
+        rows.append([*key, *map(str.__add__, several, single), str(max(map(len, values)))])
+    return markdown(["perplexity; trained", "on", "text", "quantizer", *configs, "seeds"], rows)
+
+
 def plot(rows, path):
     """EM and F1 of every row as bars."""
     figure, axes = plt.subplots(figsize=(9, 0.5 * len(rows) + 1.6), layout="constrained")
@@ -249,14 +275,17 @@ def main():
     source.add_argument("--attack", type=Path, help="record of random_precision_inference.py on real text")
     source.add_argument("--benchmark", type=Path, help="record of benchmark/benchmark.py")
     source.add_argument("--compare", type=Path, help="record of cpt/compare.sh")
+    source.add_argument("--language_model", type=Path, help="folder of records of reproduce's small_lm")
     source.add_argument("--steps", type=Path, nargs="+", help="records of benchmark/bench_step.py")
     parser.add_argument("--output_dir", type=Path, help="with --records: where quickstart.md and quickstart.png go")
     parser.add_argument("--pages", type=Path, nargs="+", default=[], help="pages whose markers get the table")
     args = parser.parse_args()
     makers = {"attack": attack_table, "benchmark": benchmark_table, "compare": compare_table, "steps": step_table}
+    makers["language_model"] = language_model_table
     for name, make in makers.items():
         if paths := getattr(args, name):
-            text = "\n\n".join(make(load(path)) for path in (paths if name == "steps" else [paths]))
+            paths = paths if name == "steps" else [paths]
+            text = "\n\n".join(make(path if path.is_dir() else load(path)) for path in paths)
             write_into(args.pages, {name: text})
             print(text)
             return

@@ -32,7 +32,22 @@ def adversarial(script, model, *flags):
     return f"{own} bash adv_attack/{script} {{+topics}} {' '.join(flags)} {END}"
 
 
+def language_model(script, *flags):
+    return f"{DATA} MODEL={{model}} bash language_model/{script} {' '.join(flags)} {{+common}} {END}"
+
+
+def lm_training(trains, objective, text, quantizer, bits):
+    """A training of language_model at one config. text: "text" or "generated"."""
+    command = language_model(
+        *("train.sh", f"--bit_configs {bits} --quantizer {quantizer} --objective {objective}"),
+        *(["--train_all_weights"] if trains == "qat" else []),
+        *("{+training}", "{+full}" if trains == "qat" else ""),
+    )
+    return command if text == "text" else command.replace("{train_file}", "{lm_generate}/texts.jsonl")
+
+
 QUANTIZERS = ("minmax", "rotated")
+LM_BITS = ("W4A8KV8", "W4A8KV4", "W4A4KV4")
 POST_TRAINING = {bits: bits for bits in ("W8A8KV8", "W4A8KV8", "W4A4KV4")} | {"hybrid": "{hybrid}"}
 ATTACKS = ("32", "8", "4", "random", "eot")
 SERVED = "8 {hybrid} {search}/found.json W4A8KV8 4"
@@ -101,4 +116,20 @@ STEPS = {
     "--record_file {record}",
     "attack_rpi": f"python3 adv_attack/random_precision_inference.py --model_name_or_path {{topic_lora}} {ATTACKED} "
     f"--precision_set 4 8 --bitsandbytes 8bit nf4 --output_dir {{own}} {END}",
+    # language_model: LLM-QAT beside post-training quantization and the adapters
+    "lm_generate": "python3 language_model/generate_data.py --model_name_or_path {model} --output_dir {own} "
+    f"{{+generate}} {END}",
+    **{
+        f"lm_ptq_{quantizer}": language_model(
+            "eval.sh", f"--eval_bit_configs {bits} {' '.join(LM_BITS)} --quantizer {quantizer}"
+        )
+        for quantizer, bits in {"minmax": "32 W8A8KV8", "rotated": "W8A8KV8"}.items()
+    },
+    **{
+        f"lm_{trains}_{objective}_{text}_{quantizer}_{bits}": lm_training(trains, objective, text, quantizer, bits)
+        for trains in ("qat", "bank")
+        for objective, text in (("ce", "text"), ("kd", "text"), ("kd", "generated"))
+        for quantizer in QUANTIZERS
+        for bits in LM_BITS
+    },
 }
