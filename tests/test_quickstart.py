@@ -111,6 +111,30 @@ def test_tables_and_plot_of_the_quick_start_come_from_the_records(tmp_path):
     assert (tmp_path / "quickstart.png").is_file()
 
 
+def test_table_of_the_language_model(tmp_path):
+    def write(name, training, source, *rows):
+        keys = ("config", "quantizer", "perplexity")
+        record = {"data": {"train": {"source": source}}, "rows": [dict(zip(keys, row, strict=True)) for row in rows]}
+        (tmp_path / f"lm_{name}.json").write_text(json.dumps(record | ({"training": training} if training else {})))
+
+    write("ptq", None, "", ("W32A32KV32", "minmax", 50), ("W4A8KV4", "minmax", 90.126))
+    for seed, found in enumerate((60, 62)):
+        training = {"trains": "all weights", "objective": "kd"}
+        write(f"qat_{seed}", training, "runs/texts.jsonl", ("W4A8KV4", "rotated (the checkpoint has minmax)", found))
+    (tmp_path / "lm_generate.json").write_text('{"data": {"generated": {"source": "texts.jsonl"}}}')
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- language_model table: begin -->\n<!-- language_model table: end -->\nb\n")
+    done = run("report.py", "--language_model", tmp_path, "--pages", page)
+    assert done.returncode == 0, done.stderr
+    assert page.read_text().splitlines()[2:7] == [
+        "| perplexity; trained | on | text | quantizer | W32A32KV32 | W4A8KV4 | seeds |",
+        "|---|---|---|---|---|---|---|",
+        "| nothing (post-training) | - | - | - | 50.00 |  | 1 |",
+        "| nothing (post-training) | - | - | minmax |  | 90.13 | 1 |",
+        "| all weights | distillation | generated | rotated |  | 61.00 (60.00 - 62.00) | 2 |",
+    ]
+
+
 def test_the_plot_shows_both_scores_of_every_row(figures, tmp_path):
     rows = [("LoRA", "8", 51.5, 60.0), ("PTQ", "4", 3.0, 7.5)]
     load_script("quickstart/report.py").plot(rows, tmp_path / "scores.png")

@@ -128,9 +128,11 @@ def test_command_is_understood(source, folder, command, start, copy):
         parse_flags(path, words, partial="..." in command)
 
 
-@pytest.mark.parametrize("scale", ["tiny", "gpt2"])
-def test_steps_of_the_protocol_are_understood(scale, start, copy):
+@pytest.mark.parametrize("scale", ["tiny", "gpt2", "small_lm"])
+def test_steps_of_the_protocol_are_understood(scale, start, copy, monkeypatch):
     place_inputs(copy)
+    for name in ("SMALL_GPT2", "TEXT_FILE", "VALIDATION_TEXT"):
+        monkeypatch.setenv(name, "/dev/null")
     dry = subprocess.run(
         [sys.executable, ROOT / "reproduce" / "run.py", scale, "--dry_run"], capture_output=True, text=True
     )
@@ -138,7 +140,7 @@ def test_steps_of_the_protocol_are_understood(scale, start, copy):
     assert len(commands) > 20, dry.stderr
     for command in commands:
         found = start(command)
-        assert found, command
+        assert found or command.startswith("head "), command
         for path, words in found:
             parse_flags(path, words)
 
