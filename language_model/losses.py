@@ -25,11 +25,12 @@ class _SoftCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, teacher_hidden, teacher_weight):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden)
+        grad_hidden, buffers = torch.empty_like(hidden), hidden.new_empty(2, min(CHUNK, len(hidden)), len(weight))
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), CHUNK):
             h, rows = hidden[start : start + CHUNK], slice(start, start + CHUNK)
-            logits, targets = h @ weight.t(), teacher_hidden[rows] @ teacher_weight.t()
+            logits = torch.mm(h, weight.t(), out=buffers[0, : len(h)])
+            targets = torch.mm(teacher_hidden[rows], teacher_weight.t(), out=buffers[1, : len(h)])
             for piece, target in zip(logits.split(PIECE), targets.split(PIECE), strict=True):
                 p, z = target.to(wide).softmax(-1), piece.to(wide)
                 q = z.softmax(-1)
@@ -40,15 +41,17 @@ class _SoftCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += logits.t() @ h
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.dtypes = hidden.dtype, weight.dtype
         return (loss / len(hidden)).to(wide)
 
     @staticmethod
     def backward(ctx, grad):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        grad = grad / len(grad_hidden)
-        grad_hidden = (grad_hidden * grad).to(grad_hidden.dtype)
-        return grad_hidden, None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype), None, None
+        grad, found = grad / len(ctx.saved_tensors[0]), []
+        for tensor, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+            found.append(
+                tensor if tensor is None else torch.mul(tensor, grad, out=torch.empty_like(tensor, dtype=dtype))
+            )
+        return *found, None, None
 
 
 def soft_cross_entropy(hidden, weight, teacher_hidden, teacher_weight):

@@ -126,6 +126,7 @@ class JointLMTrainer(StepMeanTrainer):
         self.sampler, self.resting, self.passes = sampler, resting, 1
         self.teacher = teacher and teacher.to(self.args.device)  # no part of the model: train() does not reach it
         self.half = torch.bfloat16 if self.args.bf16 else torch.float32  # of the head, which works outside autocast
+        self.teacher_head = teacher and self.teacher.lm_head.weight.detach().to(self.half)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         net, losses = self.accelerator.unwrap_model(model), []
@@ -147,8 +148,8 @@ class JointLMTrainer(StepMeanTrainer):
         hidden = output.hidden_states[-1].to(self.half)
         if self.teacher is None:
             return next_token_loss(hidden, head, ids) / self.passes, output
-        states = [inputs["teacher_hidden"].to(self.half), self.teacher.lm_head.weight.detach().to(self.half)]
-        loss = soft_cross_entropy(hidden.flatten(0, 1), head, states[0].flatten(0, 1), states[1])
+        teacher_hidden = inputs["teacher_hidden"].to(self.half).flatten(0, 1)
+        loss = soft_cross_entropy(hidden.flatten(0, 1), head, teacher_hidden, self.teacher_head)
         return loss / self.passes, output
 
 
