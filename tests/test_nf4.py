@@ -401,6 +401,19 @@ def test_language_model_refuses_other_bits(words, clm, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--train_all_weights",), "a base in 4 bits does not train: no --train_all_weights"),
+        (("--objective", "kd"), "the base is no full-precision teacher: pass --teacher_name_or_path"),
+    ],
+)
+def test_language_model_refuses_to_train_or_to_distil_from_nf4(words, message, clm, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        clm.train("--base_quantization", "nf4", "--bit_widths", "32", *words)
+    assert not (tmp_path / "out").exists()
+
+
 def test_language_model_refuses_without_training_and_rotated(clm):
     with pytest.raises(ValueError, match="--base_quantization nf4 is for --do_train"):
         clm("--base_quantization", "nf4")
