@@ -93,7 +93,8 @@ def read_scale(folder, key):
             model = f"{Path(record['model']).name}: {scale['blocks']} blocks, {stored:.1f} M weights in their linears"
             trained = f"{data['train']['source']}, {data['train']['examples']} questions, {record['steps']} steps"
             break
-    seeds = sorted({seed for found in records.values() for seed in found if isinstance(seed, int)})
+    runs = [found for step, found in records.items() if step != "split"]  # which draws nothing
+    seeds = sorted({seed for found in runs for seed in found if isinstance(seed, int)})
     scale |= {"model": model, "trained": trained, "seeds": ", ".join(map(str, seeds))}
     return scale
 

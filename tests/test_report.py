@@ -113,7 +113,10 @@ def test_two_scales_have_columns_of_their_own_and_seeds_give_verdicts(records, t
             for row in record.get("rows", []):
                 row["exact_match"] = score
             (small / f"{name}_{seed}.json").write_text(json.dumps(record))
+    split = {"metrics": {}, "data": {}, "seed": 0, "model": None}  # of split_squad.py, which draws nothing
+    (small / "split.json").write_text(json.dumps(split))
     data, _ = built(small, tmp_path, "--stand_in", records)
+    assert data["scales"][0]["seeds"] == "42, 43, 44"
     assert data["published"]["header"][-2:] == ["small: EM / F1", "tiny stand-in: EM / F1"]
     found = {scale["key"]: scale["findings"]["joint"] for scale in data["scales"]}
     assert found["small"]["verdict"] == "does not hold" and found["small"]["basis"] == "3 seeds"
