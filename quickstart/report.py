@@ -1,7 +1,7 @@
 """Tables of the README pages, and the quick start's plot, from the records.
 
 python quickstart/report.py --records quickstart/work/records --output_dir quickstart/work
-python quickstart/report.py --records results/quickstart --output_dir results --pages README.md quickstart/README.md
+python quickstart/report.py --records results/quickstart --output_dir results --pages quickstart/README.md
 python quickstart/report.py --attack results/adv_attack/plain_rpi.json --pages adv_attack/README.md
 python quickstart/report.py --benchmark results/benchmark.json --pages benchmark/README.md
 python quickstart/report.py --language_model results/small_lm --pages language_model/README.md
@@ -22,7 +22,6 @@ import matplotlib.pyplot as plt  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "report"))
 from findings import over_seeds  # noqa: E402
 
-PUBLISHED = Path(__file__).resolve().parents[1] / "reproduce" / "published.json"
 NOTICE = "Tiny stand-in (made-up text, tiny GPT-2): shows that the code works, says nothing about GPT-2 on SQuAD."
 ROWS = {
     "full_fp32": ("full fine-tuning, float32", "32"),
@@ -36,44 +35,8 @@ ROWS = {
     "static_w4_minmax": ("LoRA trained at W4A4KV4, minmax", "4"),
     "static_w4_rotated": ("LoRA trained at W4A4KV4, rotated", "4"),
 }
-# Where the quick start does what is published: (source, setting) of reproduce/published.json, record, config.
-PTQ = "lihe07/llm_qat_test"
-OVERVIEW = {
-    "full fine-tuning, float32": (("QaLoF", "full fine-tuning, float32"), "full_fp32", None),
-    "full fine-tuning, float16": (("QaLoF", "full fine-tuning, float16"), None, None),
-    "LoRA, not quantized (published: bf16)": (("QaLoF", "LoRA, bf16, not quantized"), "lora_fp32", None),
-    "8-bit static": (("QaLoF", "8-bit static"), None, None),
-    "4-bit static": (("QaLoF", "4-bit static"), "static_w4_minmax", None),
-    "post-training, 8 bits (published: one scale a tensor)": (
-        (PTQ, "post-training, W8A8, one scale a tensor"),
-        "ptq_minmax_W8A8KV8",
-        None,
-    ),
-    "post-training, 4 bits (published: one scale a tensor)": (
-        (PTQ, "post-training, W4A4, one scale a tensor"),
-        "ptq_minmax_W4A4KV4",
-        None,
-    ),
-    "post-training, 4 bits, rotated (nothing published)": (None, "ptq_rotated_W4A4KV4", None),
-    "switchable, served at 8 bits": (("QaLoF", "switchable, served at 8 bits"), "switch_eval", "W8A8KV8"),
-    "switchable, hybrid of 4 and 8 bits": (
-        ("QaLoF", "switchable, hybrid (25 % of weights at 4)"),
-        "switch_eval",
-        "hybrid_4blocks",
-    ),
-    "switchable, served at 4 bits": (("QaLoF", "switchable, served at 4 bits"), "switch_eval", "W4A4KV4"),
-    **{
-        f"CPT, served at {bits} bits": (
-            ("QaLoF", f"CPT, served at {bits} bits"),
-            "cpt_eval",
-            f"W{bits}A{bits}KV{bits}",
-        )
-        for bits in (8, 7, 6, 4)
-    },
-}
 FLOAT = "W32A32KV32"
 LM_CONFIGS = (FLOAT, "W8A8KV8", "W4A8KV8", "W4A8KV4", "W4A4KV4")
-UNQUANTIZED = ("full fine-tuning, float32", "LoRA, not quantized (published: bf16)")
 
 
 def load(path):
@@ -90,26 +53,6 @@ def markdown(header, rows):
 def shown(middle, low, high, digits=1):
     """ "1.5 (1.2 - 1.7)"."""
     return f"{middle:.{digits}f} ({low:.{digits}f} - {high:.{digits}f})"
-
-
-def overview_table(records):
-    """Markdown: the published figures beside those of the quick start."""
-    header = ["", "GPT-2 124M on SQuAD v1.1, published: EM / F1", "tiny stand-in, ours: EM / F1", "our quantizer"]
-    rows = []
-    published = {(row["source"], row["setting"]): row for row in load(PUBLISHED)}
-    for label, (theirs, name, config) in OVERVIEW.items():
-        cell, quantizer = "-", ""
-        if name and (records / f"{name}.json").exists():
-            record = load(records / f"{name}.json")
-            scores = {key.removeprefix("eval_"): value for key, value in record["metrics"].items()}
-            if config:
-                scores = next(row for row in record["rows"] if row["config"] == config)
-            cell = f"{scores['exact_match']:.1f} / {scores['f1']:.1f}"
-            quantizer = record["bit_config"]["quantizer"] if label not in UNQUANTIZED else ""
-        scores = [published[theirs][key] if theirs else None for key in ("exact_match", "f1")]
-        shown_scores = " / ".join("-" if score is None else f"{score:.2f}" for score in scores)
-        rows.append([label, shown_scores, cell, quantizer])
-    return markdown(header, rows)
 
 
 def paired_difference(first, second):
@@ -301,7 +244,7 @@ def main():
             text += f"\n\n{make(load(args.records / f'{name}.json'))}"
     (args.output_dir / "quickstart.md").write_text(f"{text}\n")
     plot(rows, args.output_dir / "quickstart.png")
-    write_into(args.pages, {"overview": overview_table(args.records), "quickstart": text})
+    write_into(args.pages, {"quickstart": text})
     print(f"\n{text}\n\nplot: {args.output_dir / 'quickstart.png'}")
 
 

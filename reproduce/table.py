@@ -1,13 +1,14 @@
 #!/usr/bin/env python
 """Every published figure beside ours: the step that does the same, and EM / F1 of its record at each scale.
 
-    python reproduce/table.py --pages reproduce/README.md
+    python reproduce/table.py --pages reproduce/README.md README.md
     python reproduce/table.py --gpt2 reproduce/work/gpt2/records
 
 A scale without a record has an empty cell. Sources: published.json. The columns are different models and data.
 """
 
 import argparse
+import statistics
 import sys
 from pathlib import Path
 
@@ -15,7 +16,37 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "report"), str(ROOT / "quickstart")]
 from make_report import PUBLISHED, read, read_records  # noqa: E402
 from report import markdown, write_into  # noqa: E402
-from tables import UNPUBLISHED, ours_of  # noqa: E402
+from tables import UNPUBLISHED, ours_of, scores  # noqa: E402
+
+OTHERS = "lihe07/llm_qat_test"
+OVERVIEW = {  # of README.md: row -> (source and setting in published.json, step, config)
+    "full fine-tuning": ("QaLoF", "full fine-tuning, float32", "full_fp32", None),
+    "LoRA, not quantized": ("QaLoF", "LoRA, bf16, not quantized", "lora_fp32", None),
+    "post-training, 8 bits, MinMax": (OTHERS, "post-training, W8A8, one scale a tensor", "ptq_minmax_W8A8KV8", None),
+    "post-training, 4 bits, MinMax": (OTHERS, "post-training, W4A4, one scale a tensor", "ptq_minmax_W4A4KV4", None),
+    "post-training, 4 bits, **rotated**": (None, None, "ptq_rotated_W4A4KV4", None),
+    "8-bit static, MinMax": ("QaLoF", "8-bit static", "static_w8_minmax", None),
+    "4-bit static, MinMax": ("QaLoF", "4-bit static", "static_w4_minmax", None),
+    "4-bit static, **rotated**": (None, None, "static_w4_rotated", None),
+    **{
+        f"switchable as published (MinMax, in turn), {name}": ("QaLoF", f"switchable, {theirs}", step, config)
+        for step in ("switch_sequential_eval",)
+        for name, theirs, config in (
+            ("8 bits", "served at 8 bits", "W8A8KV8"),
+            ("hybrid", "hybrid (25 % of weights at 4)", "hybrid"),
+            ("4 bits", "served at 4 bits", "W4A4KV4"),
+        )
+    },
+    **{
+        f"switchable, **rotated**, joint, {name}": (None, None, "switch_eval", config)
+        for name, config in (("8 bits", "W8A8KV8"), ("hybrid", "hybrid"), ("found", "found"), ("4 bits", "W4A4KV4"))
+    },
+    **{
+        f"CPT, **rotated**, {bits} bits (published: MinMax)": ("QaLoF", f"CPT, served at {bits} bits", "cpt_eval", c)
+        for bits in (8, 7, 6, 4)
+        for c in (f"W{bits}A{bits}KV{bits}",)
+    },
+}
 
 
 def rows_of(published):
@@ -45,6 +76,21 @@ def table(folders):
     return markdown(header, cells)
 
 
+def overview(folder):
+    """Markdown: what QaLoF and others publish beside the means of our records in a folder, and their seeds."""
+    records = read_records(folder) if any(folder.glob("*.json")) else {}
+    published = {(row["source"], row["setting"]): row for row in read(PUBLISHED)}
+    cells = []
+    for label, (source, setting, step, config) in OVERVIEW.items():
+        values = [published[source, setting][key] if source else None for key in ("exact_match", "f1")]
+        theirs = " / ".join("-" if value is None else f"{value:.2f}" for value in values)
+        found = [score for record in records.get(step, {}).values() if (score := scores(record, config))]
+        means = [statistics.mean(score[key] for score in found) for key in ("exact_match", "f1")] if found else []
+        cells.append([label, theirs, " / ".join(f"{mean:.1f}" for mean in means), str(len(found) or "")])
+    header = ["", "GPT-2 124M, published: EM / F1", "small GPT-2 made here, ours: EM / F1", "seeds"]
+    return markdown(header, cells)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for scale in ("gpt2", "small"):
@@ -52,7 +98,7 @@ def main():
     parser.add_argument("--pages", type=Path, nargs="+", default=[], help="pages whose markers get the table")
     args = parser.parse_args()
     text = table({"GPT-2 124M, ours": args.gpt2, "small GPT-2 made here": args.small})
-    write_into(args.pages, {"published": text})
+    write_into(args.pages, {"published": text, "overview": overview(args.small)})
     print(text)
 
 

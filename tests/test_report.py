@@ -188,13 +188,19 @@ def test_folder_without_records_and_missing_typst_are_one_line(tmp_path):
 
 
 def test_published_table_of_the_page_and_a_scale_that_fills_its_column(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text((ROOT / "reproduce" / "README.md").read_text())
+    originals = [ROOT / "reproduce" / "README.md", ROOT / "README.md"]
+    pages = [shutil.copy(page, tmp_path / f"{number}.md") for number, page in enumerate(originals)]
     command = [sys.executable, ROOT / "reproduce" / "table.py"]
-    done = subprocess.run([*command, "--pages", page], capture_output=True, text=True)
+    done = subprocess.run([*command, "--pages", *pages], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert page.read_text() == (ROOT / "reproduce" / "README.md").read_text(), "reproduce/README.md says how"
+    for page, original in zip(pages, originals, strict=True):
+        assert page.read_text() == original.read_text(), "reproduce/README.md says how"
     found = subprocess.run([*command, "--gpt2", RESULTS / "quickstart"], capture_output=True, text=True).stdout
     lora = json.loads((RESULTS / "quickstart" / "lora_fp32.json").read_text())["metrics"]
     assert f"| `lora_fp32` | {lora['eval_exact_match']:.1f} / {lora['eval_f1']:.1f} |" in found
     assert "| ours | post-training in the rotated basis, 4 bits | - | `ptq_rotated_W4A4KV4` | 8" in found
+    pages[1].write_text(originals[1].read_text())
+    subprocess.run([*command, "--small", RESULTS / "quickstart", "--pages", pages[1]], check=True, capture_output=True)
+    assert f"| LoRA, not quantized | 69.39 / 79.29 | {lora['eval_exact_match']:.1f} / {lora['eval_f1']:.1f} | 1 |" in (
+        pages[1].read_text()
+    )
