@@ -43,7 +43,7 @@ from common.flags import parse_args  # noqa: E402
 from common.loading import load_model, load_tokenizer, resolve_configs, trained_configs  # noqa: E402
 from common.script import plain_errors, setup_logging  # noqa: E402
 from generate import GenerationArguments, generate  # noqa: E402
-from models.bit_config import SHORT_FORM, WIDTH, describe_bit_config, resolve_bit_config  # noqa: E402
+from models.bit_config import SHORT_FORM, WIDTH, config_name, describe_bit_config, resolve_bit_config  # noqa: E402
 from models.errors import UserError  # noqa: E402
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering, QuantGPT2LMHeadModel  # noqa: E402
 
@@ -100,7 +100,7 @@ class Served:
         if isinstance(bits, str) and not (WIDTH.fullmatch(bits) or SHORT_FORM.fullmatch(bits)):  # never a file
             allowed = f"{', '.join(self.names)}, a width as 8, W4A8KV8, or an object"
             raise UserError(f"bits {bits!r:.80}: allowed are {allowed}")
-        name = "custom" if isinstance(bits, dict) else bits
+        name = "custom" if isinstance(bits, dict) else config_name(bits)
         return name, resolve_bit_config(bits, self.model.quant_layers())
 
     async def __call__(self, bits, job, kind=None):
