@@ -6,7 +6,7 @@
 #   bash adv_train.sh --task qa --precision_set 4 5 6 7 8                       random precision: updates at another
 #   bash adv_train.sh --task qa --attack_precision same                         precision than the attack, or the same
 # The quantizer is MinMax, as published; --quantizer rotated spreads outlier channels before anything is rounded.
-# Any flag of adversarial_training.py may be appended and wins. A killed run resumes when the same command is given again.
+# Any flag of adversarial_training.py may be appended and wins. A killed run resumes when the command is given again.
 # Environment: MODEL DATASET TRAIN_FILE VALIDATION_FILE OUTPUT_DIR NPROC_PER_NODE
 set -euo pipefail
 here="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"

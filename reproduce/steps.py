@@ -46,6 +46,11 @@ def lm_training(trains, objective, text, quantizer, bits):
     return command if text == "text" else command.replace("{train_file}", "{lm_generate}/texts.jsonl")
 
 
+def pgd_matrix(training, *data):
+    command = f"python3 adv_attack/pgd_matrix.py --model_name_or_path {{{training}}} {' '.join(data)}"
+    return f"{command} {{+pgd}} --output_dir {{own}} {END}"
+
+
 QUANTIZERS = ("minmax", "rotated")
 LM_BITS = ("W4A8KV8", "W4A8KV4", "W4A4KV4")
 POST_TRAINING = {bits: bits for bits in ("W8A8KV8", "W4A8KV8", "W4A4KV4")} | {"hybrid": "{hybrid}"}
@@ -53,6 +58,12 @@ ATTACKS = ("32", "8", "4", "random", "eot")
 SERVED = "8 {hybrid} {search}/found.json W4A8KV8 4"
 ON_TRAINING = "--measure_split train"
 ATTACKED = "--attack_dirs " + " ".join(f"{{attack_{bits}}}" for bits in ATTACKS)
+ARMS = {  # of adversarial training: none, at one width, at random ones
+    "plain": "--pgd_steps 0 --precision_set 8",
+    "8bit": "--precision_set 8",
+    "rpt": "--precision_set 4 5 6 7 8",
+}
+SQUAD_VALIDATION = '--dataset_name squad ${VALIDATION_FILE:+--validation_file "$VALIDATION_FILE"}'
 
 STEPS = {
     # a model to start from, where the hub's is not taken
@@ -131,5 +142,27 @@ STEPS = {
         for objective, text in (("ce", "text"), ("kd", "text"), ("kd", "generated"))
         for quantizer in QUANTIZERS
         for bits in LM_BITS
+    },
+    # adv_attack: does it protect models that are trained adversarially? PGD on embeddings, classifier and questions
+    **{
+        f"adv_classification_{arm}": adversarial(
+            "adv_train.sh", "classifier_model", "--task classification", "{+adv_classification}", flags
+        )
+        for arm, flags in ARMS.items()
+    },
+    **{
+        f"adv_classification_{arm}_matrix": pgd_matrix(
+            f"adv_classification_{arm}", "--task classification", "{+topics}"
+        )
+        for arm in ARMS
+    },
+    **{
+        f"adv_qa_{arm}": qa("adv_attack/adv_train.sh", "model", "--task qa", "{+adv_qa}", flags)
+        for arm, flags in ARMS.items()
+    },
+    **{
+        f"adv_qa_{arm}_matrix": "VALIDATION_FILE={validation_file}; "
+        + pgd_matrix(f"adv_qa_{arm}", "--task qa", SQUAD_VALIDATION, "{+pgd_qa}")
+        for arm in ARMS
     },
 }

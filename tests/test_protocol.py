@@ -151,7 +151,8 @@ def test_ctrl_c_waits_for_the_command_that_runs(tmp_path):
 @pytest.mark.parametrize("scale", SCALES)
 def test_settings_of_the_scales_are_right(scale, monkeypatch):
     script = load_script("reproduce/run.py")
-    for name in ("TEXT_FILE", "VALIDATION_TEXT", "TOKENIZER", "TRAIN_FILE", "VALIDATION_FILE", "SMALL_GPT2"):
+    names = ("TEXT_FILE", "VALIDATION_TEXT", "TOKENIZER", "TRAIN_FILE", "VALIDATION_FILE", "SMALL_WORK", "TOPICS")
+    for name in (*names, "SMALL_GPT2"):
         monkeypatch.setenv(name, "there")
     path = ROOT / "reproduce" / "settings" / f"{scale}.json"
     settings = script.read_settings(path)
