@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Adversarial training on the word embeddings: a classifier (AG News) or question answering (SQuAD), LoRA on a frozen
-# base, 1000 steps, batch 16 a process.
+# base, 1000 steps, batch 16 a process. MODEL is best one that has learned the task without an attack (train.sh).
 #   bash adv_train.sh --task classification --pgd_steps 0 --precision_set 8     no attack, for comparison
 #   bash adv_train.sh --task classification --precision_set 8                   attacked and trained at 8 bits
 #   bash adv_train.sh --task qa --precision_set 4 5 6 7 8                       random precision: updates at another

@@ -51,7 +51,8 @@ def asked_task():
     if len(words) == 1 and words[0].endswith(".json"):
         words = words_of(read_json(words[0]), words[0])
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--task", default="classification")  # where it is missing, the parser of all flags says so
+    # Where it is missing, the parser of all flags says so.
+    parser.add_argument("--task", nargs="?", default="classification", const="")
     task = parser.parse_known_args(words)[0].task
     if task not in CLASSES:
         raise UserError(f"--task {task}: allowed are {', '.join(CLASSES)}")

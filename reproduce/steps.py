@@ -146,7 +146,7 @@ STEPS = {
     # adv_attack: does it protect models that are trained adversarially? PGD on embeddings, classifier and questions
     **{
         f"adv_classification_{arm}": adversarial(
-            "adv_train.sh", "classifier_model", "--task classification", "{+adv_classification}", flags
+            "adv_train.sh", "topic_lora", "--task classification", "{+adv_classification}", flags
         )
         for arm, flags in ARMS.items()
     },
