@@ -276,9 +276,24 @@ def test_what_is_not_attacked_trains_as_without_the_script(tiny_model, text_file
     assert config["lora_bank"] == ["shared"] and config["trained_bit_configs"] == ["W8A8KV8"]
 
 
-def test_all_weights_train_at_the_drawn_precisions(tiny_model, text_files, tmp_path):
-    flags = ("--train_all_weights", "--pgd_steps", 1, "--learning_rate", "1e-3")
-    out = train_texts(tiny_model, text_files, tmp_path, *flags, steps=2)
+def test_all_weights_train_at_the_drawn_precisions(tiny_model, text_files, tmp_path, monkeypatch):
+    attack, stop, seen = adversarial_training.pgd, adversarial_training.ClassificationTrainer.stop_unless_finite, []
+
+    def recorded(model, inputs, loss, configs, **rest):
+        seen.append([adversarial_training.short_name(config) for config in configs])
+        return attack(model, inputs, loss, configs, **rest)
+
+    def update(trainer, loss):
+        seen[-1].insert(0, adversarial_training.short_name(trainer.model.config.bit_config))
+        stop(trainer, loss)
+
+    monkeypatch.setattr(adversarial_training, "pgd", recorded)
+    monkeypatch.setattr(adversarial_training.ClassificationTrainer, "stop_unless_finite", update)
+    flags = ("--train_all_weights", "--pgd_steps", 1, "--learning_rate", "1e-3", "--precision_set", 4, 6, 8)
+    out = train_texts(tiny_model, text_files, tmp_path, *flags, steps=3)
+    names = ["W4A4KV4", "W6A6KV6", "W8A8KV8"]
+    drawn = [adversarial_training.precisions_of_step(step, 42, names, "other") for step in range(3)]
+    assert [tuple(pair) for pair in seen] == drawn
     assert read(out / "config.json")["trained_weights"] and not read(out / "config.json")["lora_bank"]
     start, end = load_file(f"{tiny_model}/model.safetensors"), load_file(out / "model.safetensors")
     assert not torch.equal(start["transformer.h.0.mlp.c_fc.weight"].t(), end["transformer.h.0.mlp.c_fc.weight"])
@@ -312,7 +327,7 @@ def test_questions_are_evaluated_at_every_precision(questions):
 
 
 def without_times(record):
-    changing = ("wall_seconds", "peak_memory_bytes", "metrics", "command")
+    changing = ("wall_seconds", "peak_memory_bytes", "metrics", "command", "git")
     return {key: value for key, value in record.items() if key not in changing}
 
 
