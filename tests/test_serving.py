@@ -15,9 +15,10 @@ pytest.importorskip("httpx2")
 from fastapi.testclient import TestClient  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-from conftest import NAMES, ROOT, THINGS, load_script  # noqa: E402
+from conftest import NAMES, ROOT, THINGS, experiment, load_script  # noqa: E402
 
-serve, answering = load_script("serving/serve.py"), load_script("serving/answering.py")
+with experiment("base_model"):  # modules of their own, whatever other tests have imported under these names
+    serve, answering = load_script("serving/serve.py"), load_script("serving/answering.py")
 CONTEXT = " ".join(f"{name} has the {thing}." for name, thing in zip(NAMES, THINGS))
 PAIRS = [(f"Who has the {thing}?", CONTEXT[:length]) for thing in THINGS for length in (60, 90, len(CONTEXT))]
 
