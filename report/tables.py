@@ -96,11 +96,17 @@ def table(header, rows):
 def search_tables(scale):
     """(assignments, found against random ones by budget, rank correlations of gradient scores)."""
     record, sweep = first_record(scale, "search"), first_record(scale, "sensitivity")
-    rows, budgets, ranks = [], [], []
+    rows, budgets, ranks, drawn = [], [], [], []
     for row in record["rows"] if record else []:
-        if "." not in row["config"]:  # the first budget alone; the figure shows all
+        bits = f"{row['average_w_bits']:.2f}"
+        if row["config"].startswith("random_") and "." not in row["config"]:
+            drawn.append((row["exact_match"], row["exact_match_drop"], bits))
+        elif "." not in row["config"]:  # the first budget alone; the figure shows all
             drop = shown([row["exact_match_drop"], *row["exact_match_drop_interval"]])
-            rows.append([row["config"], f"{row['average_w_bits']:.2f}", em([scores(record, row["config"])]), drop])
+            rows.append([row["config"], bits, em([scores(record, row["config"])]), drop])
+    if drawn:
+        spans = [f"{statistics.mean(v):.1f} ({min(v):.1f} – {max(v):.1f})" for v in list(zip(*drawn, strict=True))[:2]]
+        rows.append([f"{len(drawn)} random ones, mean (min – max)", drawn[0][2], *spans])
     for found in record["search"].values() if record else []:
         if random := found.get("random"):
             gap = random["exact_match"]
