@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fine-tune and evaluate GPT-2 on SQuAD v1.1: full precision, LoRA, one static bit-width config, post-training.
+"""Fine-tune and evaluate GPT-2 on SQuAD: full precision, LoRA, one static bit-width config, post-training.
 
     python run_qa.py --model_name_or_path gpt2 --dataset_name squad --do_train --do_eval --output_dir results/fp32
     bash train.sh --bit_widths 4          # LoRA at W4A4KV4, all GPUs, the published hyper-parameters
@@ -7,8 +7,8 @@
     MODEL=results/fp32 BIT_CONFIG=../configs/uniform_8.json bash eval.sh     # post-training quantization
 
 What is trained: everything without --add_lora / --bit_widths / --bit_config; with one of them the adapters and the QA
-head, on a frozen base. The flags are those of Hugging Face's question-answering example (SQuAD v1.1 part) plus ours;
-`--help` lists them, and one JSON file with the same keys may stand in their place.
+head, on a frozen base. The flags are those of Hugging Face's question-answering example plus ours; `--help` lists
+them, and one JSON file with the same keys may stand in their place. Data: SQuAD v1.1, or v2 under its flag.
 """
 
 import dataclasses

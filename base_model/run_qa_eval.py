@@ -49,7 +49,8 @@ from common.record import (
 )
 from common.resuming import run_lock
 from common.script import plain_errors, setup_logging
-from common.statistics import compare, markdown_table, with_interval
+from common.squad_v2 import PARTS
+from common.statistics import METRICS, compare, markdown_table, with_interval
 from common.training_args import TrainingArguments
 from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
@@ -109,14 +110,17 @@ class Evaluator:
             "attention": model.config._attn_implementation,
             **{name: getattr(data_args, name) for name in names},
         }
+        if data_args.version_2_with_negative:
+            self.identity["null_score_diff_threshold"] = data_args.null_threshold
         self.trainer = QuestionAnsweringTrainer(
             model=model,
             args=training_args,
             processing_class=tokenizer,
             data_collator=make_collator(tokenizer, data_args, positions),
-            compute_metrics=make_metric(),
+            compute_metrics=make_metric(data_args.version_2_with_negative),
             n_best_size=data_args.n_best_size,
             max_answer_length=data_args.max_answer_length,
+            null_threshold=data_args.null_threshold,
         )
 
     def digest(self, resolved):
@@ -146,13 +150,18 @@ class Evaluator:
         # the digest alone tells configs apart: names may agree in what is replaced or cut off
         folder = os.path.join(self.folder, f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)[:100]}-{digest}")
         with self.model.at_bits(resolved):
-            texts, _ = self.trainer.predict_texts(self.features, self.examples, "eval", folder)
+            texts, odds, _ = self.trainer.predict_texts(self.features, self.examples, "eval", folder)
         scores = self.scores(texts)
         metrics = {
             f"eval_{name}": 100.0 * sum(column) / len(scores)
             for name, column in zip(("exact_match", "f1"), zip(*scores), strict=True)
         }
-        files = ("eval_predictions.json", "eval_nbest_predictions.json")
+        files = ["eval_predictions.json", "eval_nbest_predictions.json"]
+        if odds is not None:
+            prediction = EvalPrediction(predictions=texts, label_ids=self.references)
+            found = self.trainer.compute_metrics(prediction, null_odds=odds)
+            metrics |= {f"eval_{name}": value for name, value in found.items()}
+            files.append("eval_null_odds.json")
         record = run_record(
             model=relative_path(self.model_args.model_name_or_path),
             bit_config={
@@ -207,6 +216,7 @@ class Evaluator:
                 "weight_mb": describe_bits(self.model, record["bit_config"]["layers"])["weight_bytes"] / 1e6,
                 "relative_bitops": record["bit_config"]["bitops_per_token"] / unit,
                 **statistics[name],
+                **{key: record["metrics"][f"eval_{key}"] for key in PARTS if f"eval_{key}" in record["metrics"]},
                 "seconds": record["wall_seconds"],
             }
             for name, record in records.items()
@@ -235,7 +245,9 @@ def _floor_cell(floor):
 
 def table_lines(rows, reference, quantizer):
     """The table as markdown, with its caption. quantizer: of `set_quantizer`."""
+    parts = [key for key in PARTS if key in rows[0]]  # of v2
     header = ["config", "avg bits", "MB", "BitOPs", "EM", "F1", "EM drop", "F1 drop", "p", "seconds"]
+    header += [PARTS[key] for key in parts]
     floors = [row.get("noise_floor") for row in rows]
     if all(floors):
         header.append("noise floor")
@@ -249,6 +261,7 @@ def table_lines(rows, reference, quantizer):
             *(with_interval(row[key], row[f"{key}_interval"]) for key in ("exact_match_drop", "f1_drop")),
             f"{row['mcnemar_p']:.2g}",
             f"{row['seconds']:.1f}",
+            *(f"{row[key]:.2f}" for key in parts),
             *([_floor_cell(floor)] if floor else []),
         ]
         for row, floor in zip(rows, floors, strict=True)
@@ -303,7 +316,7 @@ def main():
         record = run_record(
             model=relative_path(model_args.model_name_or_path),
             bit_config={"reference": reference, **quantizer, "layers": configs},
-            metrics={f"{row['config']}_{key}": row[key] for row in rows for key in ("exact_match", "f1")},
+            metrics={f"{row['config']}_{key}": row[key] for row in rows for key in [*METRICS, *PARTS] if key in row},
             data=evaluator.sources,
             seed=training_args.seed,
             wall_seconds=time.time() - start,

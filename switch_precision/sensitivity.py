@@ -37,6 +37,7 @@ from common.loading import load_model, load_tokenizer, resolve_configs
 from common.record import differences, plot_caption, read_state, relative_path, run_record, write_state
 from common.resuming import run_lock
 from common.script import plain_errors, setup_logging
+from common.squad_v2 import squad_v2_per_example
 from common.statistics import compare, markdown_table, with_interval
 from common.training_args import TrainingArguments
 from models.bit_config import describe_bit_config
@@ -116,15 +117,18 @@ def sweep(forward, measure_set, reference, configs, state, progress=True):
     return parts
 
 
-def summarize(parts, names, references, num_bootstrap, seed):
-    """{name: measures} of the reference (names[0]) and the flips, from the states of all chunks."""
+def summarize(parts, names, references, num_bootstrap, seed, score=squad_em_f1_per_example):
+    """{name: measures} of the reference (names[0]) and the flips, from the states of all chunks.
+
+    score: (texts, references) -> {id: (exact match, F1)}.
+    """
     windows = sum(part["windows"] for part in parts)
     scores, sums = {}, {}
     for index, name in enumerate(names):
         texts = {}
         for part in parts:
             texts |= dict(zip(part["ids"], part["results"][index]["texts"], strict=True))
-        scores[name] = list(squad_em_f1_per_example(texts, references).values())
+        scores[name] = list(score(texts, references).values())
         sums[name] = {key: sum(part["results"][index][key] for part in parts) / windows for key in ("loss", "kl")}
     result = compare(scores, names[0], num_bootstrap, seed)
     for name in names:
@@ -162,6 +166,7 @@ def low_configs(args, name, reference, others):
 
 def sweep_identity(model, tokenizer, measure_set, reference, lows, model_args, data_args, training_args):
     """All that the measurements depend on; what search.py looks at, too."""
+    v2 = data_args.version_2_with_negative
     return {
         "model_sha256": model_checksum(model),
         "reference_config": reference,
@@ -176,6 +181,7 @@ def sweep_identity(model, tokenizer, measure_set, reference, lows, model_args, d
         "dtype": training_args.run_dtype,
         "execution": model_args.execution,
         "attention": model.config._attn_implementation,
+        **({"null_score_diff_threshold": data_args.null_threshold} if v2 else {}),
     }
 
 
@@ -229,7 +235,8 @@ def main():
     parts = sweep(forward, measure_set, reference, configs, state, progress=not training_args.disable_tqdm)
 
     references = {row["id"]: row["answers"]["text"] for row in measure_set.examples}
-    measured = summarize(parts, ["reference", *flips], references, model_args.num_bootstrap, seed)
+    score = squad_v2_per_example if data_args.version_2_with_negative else squad_em_f1_per_example
+    measured = summarize(parts, ["reference", *flips], references, model_args.num_bootstrap, seed, score)
     predicted = gradient_scores(model, measure_set, reference, targets, model_args.num_gradient_batches, seed)
     for key, flip in flips.items():
         flip |= measured[key]

@@ -75,4 +75,13 @@ class DataTrainingArguments:
     max_predict_samples: int | None = option(None, "use only so many questions for --do_predict")
     n_best_size: int = option(20, "candidate answers kept in the n-best file")
     max_answer_length: int = option(30, "tokens of an answer, at most")
+    version_2_with_negative: bool = option(False, "SQuAD v2: some questions have no answer (an empty list of answers)")
+    null_score_diff_threshold: float = option(
+        0.0, "v2: no answer where its score is greater than that of the best span by more than this"
+    )
     record_file: str | None = option(None, "where the run's JSON record goes (default: record.json in --output_dir)")
+
+    @property
+    def null_threshold(self):
+        """--null_score_diff_threshold, None for v1.1."""
+        return self.null_score_diff_threshold if self.version_2_with_negative else None

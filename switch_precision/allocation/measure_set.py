@@ -44,15 +44,25 @@ class MeasureSet:
     Args:
         features: of prepare_validation_features; examples: their questions. collator: pads a list of windows.
         batch_size: windows of a batch. chunk_batches: batches of a chunk, about. question_ids: None for all questions.
-        max_answer_length: tokens of an answer, at most.
+        max_answer_length: tokens of an answer, at most. null_threshold: see `postprocess_qa_predictions`.
     """
 
     def __init__(
-        self, features, examples, collator, batch_size, chunk_batches, device, max_answer_length, question_ids=None
+        self,
+        features,
+        examples,
+        collator,
+        batch_size,
+        chunk_batches,
+        device,
+        max_answer_length,
+        question_ids=None,
+        null_threshold=None,
     ):
         self.features, self.examples, self.collator = features, examples, collator
         self.device, self.max_answer_length = device, max_answer_length
-        self.labels = gold_labels(features, examples)
+        self.null_threshold = null_threshold
+        self.labels = gold_labels(features, examples, null_threshold is not None)
         self.row_of = {example_id: row for row, example_id in enumerate(examples["id"])}
         self.ids, self.lengths = features["example_id"], features["length"]
         wanted, windows_of = None if question_ids is None else set(question_ids), {}
@@ -81,14 +91,16 @@ class MeasureSet:
 
     def tensors(self, batch):
         """Of a list of window numbers: inputs for the model (without a padding mask: see
-        QuestionAnsweringTrainer.prediction_step), masks of what is no padding and of the context (batch, seq), labels
-        (batch, 2)."""
+        QuestionAnsweringTrainer.prediction_step), masks of what is no padding and of the context, in v2 with the
+        position of "no answer" (batch, seq), labels (batch, 2)."""
         rows = [self.features[index] for index in batch]
         names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in rows[0]]
         inputs = self.collator([{name: row[name] for name in names} for row in rows])
         context = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
         for row, mask in zip(rows, context, strict=True):
             mask[: len(row["offset_mapping"])] = torch.tensor([pair is not None for pair in row["offset_mapping"]])
+            if self.null_threshold is not None:
+                mask[len(row["offset_mapping"]) - 1] = True
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
         real = inputs.pop("attention_mask").bool()
         return inputs, real, context.to(self.device), torch.from_numpy(self.labels[batch]).to(self.device)
@@ -105,8 +117,8 @@ class MeasureSet:
         width = max(part.shape[-1] for part in logits)
         padded = [torch.nn.functional.pad(part, (0, width - part.shape[-1])) for part in logits]
         starts, ends = torch.cat(padded, dim=1).numpy()  # (2, windows, width)
-        found = postprocess_qa_predictions(examples, features, (starts, ends), 1, self.max_answer_length)[0]
-        return list(found.values())
+        limits = 1, self.max_answer_length, self.null_threshold
+        return list(postprocess_qa_predictions(examples, features, (starts, ends), *limits)[0].values())
 
 
 def autocast_of(training_args):
@@ -131,4 +143,4 @@ def load_measure_set(model, tokenizer, model_args, data_args, training_args, chu
         question_ids(rows["id"]) if question_ids else None,
     )
     sizes = training_args.eval_batch_size, chunk_batches, training_args.device, data_args.max_answer_length
-    return MeasureSet(features, rows, collator, *sizes, wanted), sources
+    return MeasureSet(features, rows, collator, *sizes, wanted, data_args.null_threshold), sources

@@ -53,8 +53,10 @@ FREE = set(
 EVALUATION = set(
     "eval_strategy eval_steps eval_delay save_strategy save_steps metric_for_best_model greater_is_better "
     "max_eval_samples max_answer_length n_best_size eval_bit_widths eval_bit_configs stride bf16_full_eval "
-    "fp16_full_eval".split()
+    "fp16_full_eval null_score_diff_threshold".split()
 )
+# What flags meant to runs that are older than they are.
+YOUNGER = {"version_2_with_negative": False, "null_score_diff_threshold": 0.0}
 
 
 def run_settings(*arguments):
@@ -210,7 +212,7 @@ class OutputFolder:
             raise UserError(f"{error}; this run cannot be told from another: {cure}") from None
 
     def _refuse_changes(self, before, now):
-        if changed := differences({key: before.get(key) for key in now}, now):
+        if changed := differences({key: before.get(key, YOUNGER.get(key)) for key in now}, now):
             found = f"--output_dir {self.path} holds a run with other settings ({'; '.join(changed)})"
             raise UserError(f"{found}: {START_OVER}, or another --output_dir")
 
