@@ -34,10 +34,6 @@ def read(path):
     return json.loads(path.read_text())
 
 
-def empty(path):
-    return sum(text == "" for text in read(path).values())
-
-
 # ---- the evaluation
 
 
@@ -311,15 +307,17 @@ def run(monkeypatch, qa_words, v2_file, tmp_path):
     return call
 
 
-def test_learns_that_some_questions_have_no_answer(run, caplog, squad_files):
-    few = ("--max_train_samples", "12", "--max_eval_samples", "12")
-    learn = ("--add_lora", "--max_steps", "160", "--learning_rate", "1e-2", "--lr_scheduler_type", "cosine")
+def test_learns_that_some_questions_have_no_answer(run, caplog, v2_file, tmp_path):
+    rows = load_squad_json(v2_file, version_2_with_negative=True)
+    kinds = [[row for row in rows if bool(row["answers"]["text"]) is kind][:6] for kind in (True, False)]
+    (tmp_path / "few.json").write_text(json.dumps(sum(kinds, [])))
+    few = ("--train_file", tmp_path / "few.json", "--validation_file", tmp_path / "few.json")
+    learn = ("--max_steps", "60", "--learning_rate", "3e-3", "--lr_scheduler_type", "cosine")
     out = run(run_qa, *few, *learn)
     metrics = read(out / "record.json")["metrics"]
     assert {f"eval_{name}" for name in [*NAMES, "exact_match", "loss"]} <= set(metrics)
     assert metrics["eval_exact"] == metrics["eval_exact_match"] and metrics["eval_total"] == 12
-    assert metrics["eval_NoAns_total"] >= 3 and metrics["eval_HasAns_total"] >= 3
-    assert metrics["eval_HasAns_exact"] >= 75 and metrics["eval_NoAns_exact"] >= 75, metrics
+    assert metrics["eval_HasAns_exact"] >= 80 and metrics["eval_NoAns_exact"] >= 80, metrics
     texts, odds = read(out / "eval_predictions.json"), read(out / "eval_null_odds.json")
     assert {key: text == "" for key, text in texts.items()} == {key: value > 0 for key, value in odds.items()}
 
@@ -328,7 +326,7 @@ def test_learns_that_some_questions_have_no_answer(run, caplog, squad_files):
     never = run(run_qa, *few, "--null_score_diff_threshold", "1000", out="never", model=out, train=False)
     found = read(never / "record.json")["metrics"]
     assert found["eval_NoAns_exact"] == 0 and found["eval_best_exact"] >= metrics["eval_exact"]
-    assert read(never / "eval_null_odds.json") == odds and "was trained" not in caplog.text
+    assert read(never / "eval_null_odds.json") == pytest.approx(odds, rel=1e-4) and "was trained" not in caplog.text
     best = ("--null_score_diff_threshold", str(found["eval_best_exact_thresh"]))
     again = run(run_qa, *few, *best, out="best", model=out, train=False)
     assert read(again / "record.json")["metrics"]["eval_exact"] == found["eval_best_exact"]
@@ -350,7 +348,7 @@ def test_data_without_unanswerable_questions_is_a_warning(run, squad_files, capl
     ("flags", "message"),
     [
         (("--null_score_diff_threshold", "nan"), "--null_score_diff_threshold nan: must be a number that is finite"),
-        (("--null_score_diff_threshold", "low"), "--null_score_diff_threshold: invalid float value: 'low'"),
+        (("--null_score_diff_threshold", "low"), "--null_score_diff_threshold.*: invalid float value: 'low'"),
     ],
 )
 def test_thresholds_that_are_no_numbers(flags, message, run, tmp_path):
@@ -376,21 +374,19 @@ def test_bank_evaluation_sweep_and_search(run, tmp_path, v2_file):
     bank = run(joint, "--bit_widths", "4", "8", "--quantizer", "minmax", "--max_eval_samples", "9", out="bank")
     metrics = read(bank / "record.json")["metrics"]
     assert {"eval_NoAns_exact_W8A8KV8", "eval_HasAns_f1_W4A4KV4", "eval_NoAns_exact"} <= set(metrics)
-    first = run(run_qa_eval, *few, "--bit_configs", "8", out="first", model=bank, train=False)
-    odds = read(next(first.glob("W8A8KV8-*")) / "eval_null_odds.json")
-    middle = ("--null_score_diff_threshold", str(sorted(odds.values())[4]))  # four of nine are ""
+    around = sorted(read(bank / "eval_W8A8KV8_null_odds.json").values())[4:6]
+    middle = ("--null_score_diff_threshold", str(sum(around) / 2))  # four of nine are ""
 
-    flags = (*few, *middle, "--bit_configs", "8", "4", "--noise_floor")
-    out = run(run_qa_eval, *flags, out="first", model=bank, train=False)
-    assert len(list(out.glob("W8A8KV8-*"))) == 2, "another threshold gives other answers"
+    out = run(run_qa_eval, *few, *middle, "--bit_configs", "8", "4", "--noise_floor", model=bank, train=False)
     record = read(out / "record.json")
     row = record["rows"][0]
-    (folder,) = (path for path in out.glob("W8A8KV8-*") if empty(path / "eval_predictions.json") == 4)
+    (folder,) = out.glob("W8A8KV8-*")
     single = read(folder / "record.json")
     assert single["files"].keys() >= {"eval_null_odds.json"}
     assert single["metrics"]["eval_exact"] == row["exact_match"] and single["metrics"]["eval_f1"] == row["f1"]
     rows = {row["id"]: row["answers"]["text"] for row in load_squad_json(v2_file, version_2_with_negative=True)[:9]}
-    texts = read(folder / "eval_predictions.json")
+    texts, odds = (read(folder / f"eval_{name}.json") for name in ("predictions", "null_odds"))
+    assert list(texts.values()).count("") == 4
     expected = independent(texts, rows, odds, float("inf"))
     assert {name: single["metrics"][f"eval_{name}"] for name in NAMES} == pytest.approx(expected)
     assert row["NoAns_exact"] == expected["NoAns_exact"] == record["metrics"]["W8A8KV8_NoAns_exact"]
@@ -404,8 +400,7 @@ def test_bank_evaluation_sweep_and_search(run, tmp_path, v2_file):
     found = read(sens / "sensitivity.json")
     assert found["metrics"]["exact_match"] == row["exact_match"] and found["metrics"]["f1"] == row["f1"]
     assert found["identity"]["null_score_diff_threshold"] == float(middle[1])
-    assert found["flips"]["all"]["exact_match"] == record["rows"][1]["exact_match"]
-    assert found["flips"]["all"]["kl"] > 0
+    assert found["flips"]["W4A4KV4: all"]["exact_match"] == record["rows"][1]["exact_match"]
 
     words = ("--sensitivity_file", str(sens / "sensitivity.json"), "--average_bits", "6", "--refine_rounds", "1")
     words += ("--refine_candidates", "2", "--max_refine_samples", "3", "--num_random", "1")
