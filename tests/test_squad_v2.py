@@ -101,7 +101,7 @@ def test_random_prediction_files(seed):
     expected = independent(predictions, references, odds, threshold)
     assert found == pytest.approx(expected, abs=1e-9) and list(found) == [name for name in NAMES if name in expected]
     plain = squad_v2_scores(predictions, references)
-    zero = independent(predictions, references, dict.fromkeys(references, 0.0), 1.0)
+    zero = independent(predictions, references, {key: 0.0 for key in predictions if key in references}, 1.0)
     assert plain == pytest.approx(zero, abs=1e-9)
     per_example = squad_v2_per_example(predictions, references)
     assert list(per_example) == list(references)
@@ -337,11 +337,14 @@ def test_learns_that_some_questions_have_no_answer(run, caplog, v2_file, tmp_pat
     assert not any("NoAns" in name or name == "eval_exact" for name in metrics)
 
 
-def test_data_without_unanswerable_questions_is_a_warning(run, squad_files, caplog):
-    out = run(run_qa, "--validation_file", squad_files[1], V2, v2=False, train=False)
+def test_data_without_unanswerable_questions_is_a_warning(run, squad_files, v2_file, caplog):
+    predict = ("--do_predict", "--test_file", v2_file, "--max_predict_samples", "24")
+    out = run(run_qa, "--validation_file", squad_files[1], V2, *predict, v2=False, train=False)
     assert "--version_2_with_negative: every question of the validation data has an answer" in caplog.text
     metrics = read(out / "record.json")["metrics"]
     assert metrics["eval_HasAns_total"] == 14 and "eval_NoAns_total" not in metrics
+    assert metrics["predict_HasAns_total"] + metrics["predict_NoAns_total"] == 24
+    assert len(read(out / "predict_null_odds.json")) == 24
 
 
 @pytest.mark.parametrize(

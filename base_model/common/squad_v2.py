@@ -58,7 +58,7 @@ def squad_v2_scores(
     raw = squad_v2_per_example(predictions, references)
     if not raw:
         raise UserError("found no references; allowed: at least one")
-    odds = dict.fromkeys(raw, 0.0) if no_answer_probabilities is None else no_answer_probabilities
+    odds = dict.fromkeys(predictions, 0.0) if no_answer_probabilities is None else no_answer_probabilities
     if lacking := [example_id for example_id in raw if example_id not in odds]:
         raise UserError(f"no-answer probability of {lacking[0]!r} is missing; allowed: one for each question")
     answerable = {example_id: len(references[example_id]) > 0 for example_id in raw}
