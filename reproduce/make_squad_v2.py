@@ -72,9 +72,8 @@ def main():
     made = add_impossible(articles, wanted, args.seed)
     if made < wanted:
         most = f"only {made} of the {len(rows)} questions have another paragraph of their article without an answer"
-        raise UserError(
-            f"--share {args.share}: {most}; allowed with this file: up to about {made / (len(rows) + made):.2f}"
-        )
+        largest = f"{made / (len(rows) + made):.4f}"
+        raise UserError(f"--share {args.share}: {most}; allowed with this file: up to about {largest}")
     data = []
     for title, paragraphs in articles.items():
         nested = [{"qas": list(map(as_qa, group)), "context": context} for context, group in paragraphs.items()]

@@ -19,6 +19,8 @@ from conftest import experiment, load_script
 from models.errors import UserError
 from utils_qa import gold_labels, postprocess_qa_predictions, prepare_train_features, prepare_validation_features
 
+with experiment("cpt"):
+    import run_qa as cyclic
 with experiment("switch_precision"):
     import run_qa as joint
     import run_qa_eval
@@ -370,6 +372,11 @@ def test_a_training_goes_on_under_its_own_version_only(run, tmp_path, squad_file
     assert read(run(run_qa, "--add_lora", *files, v2=False) / "record.json")["continues"] == "finished training"
     with pytest.raises(ValueError, match="version_2_with_negative: False then, True now"):
         run(run_qa, "--add_lora", *files, V2, v2=False)
+
+
+def test_cyclic_training_has_the_same_metrics(run):
+    out = run(cyclic, "--bit_widths", "4", "8", "--num_cyclic_period", "1", "--max_eval_samples", "9")
+    assert {"eval_NoAns_exact_W8A8KV8", "eval_exact_match_W4A4KV4"} <= set(read(out / "record.json")["metrics"])
 
 
 def test_bank_evaluation_sweep_and_search(run, tmp_path, v2_file):
