@@ -192,6 +192,8 @@ def main():
     model_args, data_args, args = parse_args(CheckpointArguments, DATA[asked_task()], MatrixArguments)
     setup_logging(types.SimpleNamespace(process_index=0))
     check_args(args)
+    if getattr(data_args, "version_2_with_negative", False):
+        raise UserError("--version_2_with_negative: attacked are questions that have an answer (SQuAD v1.1)")
     tokenizer = load_tokenizer(model_args)
     model = load_trained(args.task, model_args, tokenizer)
     members = resolve_set(model, args.precision_set)

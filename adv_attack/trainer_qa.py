@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from transformers.trainer_utils import EvalPrediction, speed_metrics
 
+from common.answer_spans import null_odds
 from common.record import write_json_atomic
 from common.trainer import StepMeanTrainer
 from utils_qa import gold_labels, postprocess_qa_predictions
@@ -36,13 +37,24 @@ class QuestionAnsweringTrainer(StepMeanTrainer):
 
     Args:
         eval_examples: rows with id, context and answers that belong to `eval_dataset` (the features).
-        compute_metrics: maps EvalPrediction({id: text}, {id: [gold text, ...]}) to {"exact_match", "f1"}.
-        n_best_size, max_answer_length: see `postprocess_qa_predictions`.
+        compute_metrics: maps EvalPrediction({id: text}, {id: [gold text, ...]}) to {"exact_match", "f1"}; in v2 to
+            the names of `squad_v2_scores` besides, with null_odds={id: odds of no answer}.
+        n_best_size, max_answer_length, null_threshold (None: v1.1): see `postprocess_qa_predictions`.
         configs: [(name, config)] that `evaluate` scores; without any, the model as it is.
     """
 
-    def __init__(self, *, eval_examples=None, n_best_size=20, max_answer_length=30, configs=(), **kwargs):
+    def __init__(
+        self,
+        *,
+        eval_examples=None,
+        n_best_size=20,
+        max_answer_length=30,
+        null_threshold=None,
+        configs=(),
+        **kwargs,
+    ):
         super().__init__(**kwargs)
+        self.null_threshold = null_threshold
         self.eval_examples, self.configs = eval_examples, configs
         self.n_best_size, self.max_answer_length = n_best_size, max_answer_length
         self._labelled = None, None  # features of an evaluation and their labels
@@ -66,7 +78,8 @@ class QuestionAnsweringTrainer(StepMeanTrainer):
 
     def evaluate(self, eval_dataset=None, eval_examples=None, ignore_keys=None, metric_key_prefix="eval"):
         """EM/F1 and loss of `eval_dataset` (features) on every rank; rank 0 writes `<prefix>_predictions.json` and
-        n-best. The loss is that of training, on the first gold answers, mean over the windows.
+        n-best (v2: `<prefix>_null_odds.json` too). The loss is that of training, on the first gold answers, mean over
+        the windows.
 
         With configs: those of each (`eval_f1_W8A8KV8`) and their means (`eval_f1`); predictions in a file per config.
         """
@@ -75,9 +88,9 @@ class QuestionAnsweringTrainer(StepMeanTrainer):
         start, scores = time.time(), {}
 
         def score(prefix):
-            texts, output = self.predict_texts(features, examples, prefix, ignore_keys=ignore_keys)
+            texts, odds, output = self.predict_texts(features, examples, prefix, ignore_keys=ignore_keys)
             loss = self._loss(output.predictions, features, examples)
-            return self._score(texts, examples, metric_key_prefix) | {f"{metric_key_prefix}_loss": loss}
+            return self._score(texts, odds, examples, metric_key_prefix) | {f"{metric_key_prefix}_loss": loss}
 
         for name, config in self.configs:
             with self.accelerator.unwrap_model(self.model).at_bits(config):
@@ -92,11 +105,12 @@ class QuestionAnsweringTrainer(StepMeanTrainer):
 
     def predict(self, predict_dataset, predict_examples, ignore_keys=None, metric_key_prefix="test"):
         """({id: text}, metrics); the metrics are empty where the examples have no answers."""
-        predictions, _ = self.predict_texts(
+        predictions, odds, _ = self.predict_texts(
             predict_dataset, predict_examples, metric_key_prefix, ignore_keys=ignore_keys
         )
-        has_answers = all(answers["text"] for answers in predict_examples["answers"])
-        return predictions, self._score(predictions, predict_examples, metric_key_prefix) if has_answers else {}
+        answered = [bool(answers["text"]) for answers in predict_examples["answers"]]
+        has_answers = all(answered) if odds is None else any(answered)
+        return predictions, self._score(predictions, odds, predict_examples, metric_key_prefix) if has_answers else {}
 
     def run(self, folder, examples, features):
         """Train, evaluate, predict as the arguments ask for; returns all metrics. folder: of `OutputFolder`."""
@@ -121,7 +135,8 @@ class QuestionAnsweringTrainer(StepMeanTrainer):
         return scores
 
     def predict_texts(self, features, examples, prefix, folder=None, ignore_keys=None):
-        """({id: text}, output with the logits); rank 0 writes texts and n-best to `folder` (default: output_dir)."""
+        """({id: text}, {id: odds of no answer} or None in v1.1, output with the logits); rank 0 writes texts, odds and
+        n-best to `folder` (default: output_dir)."""
         output = self.evaluation_loop(
             self.get_eval_dataloader(features),
             description=f"Evaluation ({prefix})",
@@ -132,23 +147,28 @@ class QuestionAnsweringTrainer(StepMeanTrainer):
         # Closes the progress bar of this evaluation; the next one would go on counting in it.
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)
         texts, nbest = postprocess_qa_predictions(
-            examples, features, output.predictions, self.n_best_size, self.max_answer_length
+            examples, features, output.predictions, self.n_best_size, self.max_answer_length, self.null_threshold
         )
+        v2 = self.null_threshold is not None
+        odds = {key: null_odds(entries) for key, entries in nbest.items()} if v2 else None
         if self.is_world_process_zero():
             folder = folder or self.args.output_dir
             write_json_atomic(os.path.join(folder, f"{prefix}_predictions.json"), texts)
             write_json_atomic(os.path.join(folder, f"{prefix}_nbest_predictions.json"), nbest)
-        return texts, output
+            if v2:
+                write_json_atomic(os.path.join(folder, f"{prefix}_null_odds.json"), odds)
+        return texts, odds, output
 
     def _loss(self, predictions, features, examples):
         """The training loss of (start logits, end logits), each (windows, seq) as `evaluation_loop` returns them."""
         if self._labelled[0] is not features:
-            self._labelled = features, gold_labels(features, examples)
+            self._labelled = features, gold_labels(features, examples, self.null_threshold is not None)
         logits, positions = torch.from_numpy(np.stack(predictions)), torch.from_numpy(self._labelled[1].T)
         mask = torch.arange(logits.shape[-1]) < torch.tensor(features["length"][:])[:, None]
         return qa_cross_entropy(logits, positions, mask).item()
 
-    def _score(self, predictions, examples, prefix):
+    def _score(self, predictions, odds, examples, prefix):
         references = {row["id"]: row["answers"]["text"] for row in examples}
-        scores = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=references))
+        options = {} if odds is None else {"null_odds": odds}
+        scores = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=references), **options)
         return {f"{prefix}_{name}": value for name, value in scores.items()}

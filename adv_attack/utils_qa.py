@@ -1,7 +1,7 @@
-"""Extractive question answering on SQuAD v1.1: build token windows, turn logits into text, score EM/F1.
+"""Extractive question answering on SQuAD: build token windows, turn logits into text, score EM/F1 of v1.1.
 
 In the order of a run: prepare_train_features or prepare_validation_features (for `Dataset.map(batched=True)`) -> the
-model -> postprocess_qa_predictions -> squad_em_f1.
+model -> postprocess_qa_predictions -> squad_em_f1 (v2: common/squad_v2.py).
 No model, trainer or command line here.
 """
 
@@ -15,16 +15,22 @@ from operator import itemgetter
 
 import numpy as np
 
-from common.answer_spans import best_spans, column, feature_offsets, merge_windows
+from common.answer_spans import best_spans, column, feature_offsets, merge_windows, null_odds
 from models.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 NULL_POSITION = 0  # label of a window that does not hold the whole answer, see prepare_train_features
+_NOWHERE = -1, -1  # characters of the answer of a question without one: before any window
 
 
 def prepare_train_features(
-    examples: Mapping[str, list], tokenizer, max_seq_length: int, doc_stride: int, separator: str
+    examples: Mapping[str, list],
+    tokenizer,
+    max_seq_length: int,
+    doc_stride: int,
+    separator: str,
+    version_2_with_negative: bool = False,
 ) -> dict[str, list]:
     """Token windows with start and end labels, for `Dataset.map(batched=True)`.
 
@@ -34,21 +40,27 @@ def prepare_train_features(
     CLS token, so the null position is token 0 of the window: the first token of the question, or the BOS/CLS that
     another tokenizer adds. It does not move with right padding, and is no context token, so never part of an answer.
 
+    With version_2_with_negative (SQuAD v2) a question may have no answer, and a window says so by its last position:
+    in a causal model the first has seen neither question nor context. Every window ends there with the end-of-text
+    token, so that no context token means both; windows that do not hold the whole answer are labelled there too.
+
     Args: examples: a batch with id, question, context, answers. tokenizer: a fast one. max_seq_length: tokens in a
         window, at most. doc_stride: tokens that two neighbouring windows share. separator: text, any.
     Returns: input_ids, attention_mask (token_type_ids where the tokenizer has them), length (tokens), start_positions,
         end_positions (token indices in the window, inclusive); a row is a window, in the order of the examples.
     Raises: ValueError for a slow tokenizer, and naming the example: a question that leaves no more than doc_stride
-        tokens for the context, no answer, an answer that is not at its answer_start.
+        tokens for the context, no answer (but in v2), an answer that is not at its answer_start.
     """
-    encoded, example_of = _tokenize_windows(examples, tokenizer, max_seq_length, doc_stride, separator)
-    answers = [_first_answer_span(*row) for row in zip(*(examples[key] for key in ("id", "context", "answers")))]
+    v2 = version_2_with_negative
+    encoded, example_of = _tokenize_windows(examples, tokenizer, max_seq_length, doc_stride, separator, v2)
+    rows = zip(*(examples[key] for key in ("id", "context", "answers")))
+    answers = [_NOWHERE if v2 and not row[2]["text"] else _first_answer_span(*row) for row in rows]
     labels = []
     for window, offsets in enumerate(encoded.pop("offset_mapping")):
         first, stop = _context_token_range(encoded, window)
         char_start, char_end = answers[example_of[window]]
         if first == stop or offsets[first][0] > char_start or offsets[stop - 1][1] < char_end:
-            labels.append((NULL_POSITION, NULL_POSITION))
+            labels.append((len(offsets) - 1 if v2 else NULL_POSITION,) * 2)
             continue
         # several tokens can be bytes of one character and have equal offsets: the label takes all of them
         start = bisect_right(offsets, char_start, first, stop, key=itemgetter(1))
@@ -58,7 +70,12 @@ def prepare_train_features(
 
 
 def prepare_validation_features(
-    examples: Mapping[str, list], tokenizer, max_seq_length: int, doc_stride: int, separator: str
+    examples: Mapping[str, list],
+    tokenizer,
+    max_seq_length: int,
+    doc_stride: int,
+    separator: str,
+    version_2_with_negative: bool = False,
 ) -> dict[str, list]:
     """The windows of prepare_train_features, with what post-processing needs in place of labels.
 
@@ -66,26 +83,29 @@ def prepare_validation_features(
     Returns: input_ids, attention_mask (token_type_ids), length (tokens), example_id, offset_mapping: a token's
         [start, end) in characters of the context, None for a token that is not context.
     """
-    encoded, example_of = _tokenize_windows(examples, tokenizer, max_seq_length, doc_stride, separator)
+    settings = max_seq_length, doc_stride, separator, version_2_with_negative
+    encoded, example_of = _tokenize_windows(examples, tokenizer, *settings)
     for window, offsets in enumerate(encoded["offset_mapping"]):
         first, stop = _context_token_range(encoded, window)
         encoded["offset_mapping"][window] = [None] * first + offsets[first:stop] + [None] * (len(offsets) - stop)
     return {**encoded, "example_id": [examples["id"][index] for index in example_of]}
 
 
-def _tokenize_windows(examples, tokenizer, max_seq_length, doc_stride, separator):
+def _tokenize_windows(examples, tokenizer, max_seq_length, doc_stride, separator, ends_with_null):
     """Returns the encoding with offset_mapping and length, and for each window the index of its example."""
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
             f"{type(tokenizer).__name__} is a slow tokenizer, without character offsets; "
             "allowed: a fast one (AutoTokenizer.from_pretrained(..., use_fast=True))"
         )
+    if ends_with_null and tokenizer.eos_token_id is None:
+        raise UserError("--version_2_with_negative: the tokenizer has no end-of-text token, which ends every window")
     if max_seq_length < 1 or doc_stride < 0:
         raise UserError(f"max_seq_length={max_seq_length}, doc_stride={doc_stride}; allowed: 1 or more, 0 or more")
     # SQuAD has questions with leading spaces; they would only cost window
     prompts = [question.lstrip() + separator for question in examples["question"]]
     # measured first, because the tokenizer's own truncation panics (in Rust) where a window cannot advance
-    room = max_seq_length - tokenizer.num_special_tokens_to_add(pair=True)
+    room = max_seq_length - ends_with_null - tokenizer.num_special_tokens_to_add(pair=True)
     for index, ids in enumerate(tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]):
         if room - len(ids) <= doc_stride:
             raise UserError(
@@ -97,13 +117,17 @@ def _tokenize_windows(examples, tokenizer, max_seq_length, doc_stride, separator
         prompts,
         list(examples["context"]),
         truncation="only_second",
-        max_length=max_seq_length,
+        max_length=max_seq_length - ends_with_null,
         stride=doc_stride,
         padding=False,
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
     )
     example_of = encoded.pop("overflow_to_sample_mapping")
+    null = {"input_ids": tokenizer.eos_token_id, "attention_mask": 1, "token_type_ids": 0, "offset_mapping": (0, 0)}
+    for name in null.keys() & encoded.keys() if ends_with_null else ():
+        for row in encoded[name]:
+            row.append(null[name])
     encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
     return encoded, example_of
 
@@ -131,7 +155,7 @@ def _first_answer_span(example_id: str, context: str, answers: dict) -> tuple[in
     return start, start + len(text.strip())
 
 
-def gold_labels(features, examples) -> np.ndarray:
+def gold_labels(features, examples, version_2_with_negative: bool = False) -> np.ndarray:
     """Start and end token of the first gold answer in each window, labelled as prepare_train_features does.
 
     Args: features: of prepare_validation_features, in any order. examples: their Dataset or rows with id and answers.
@@ -139,11 +163,16 @@ def gold_labels(features, examples) -> np.ndarray:
     """
     spans = {}
     for example_id, answers in zip(column(examples, "id"), column(examples, "answers"), strict=True):
+        if version_2_with_negative and not answers["text"]:
+            spans[example_id] = _NOWHERE
+            continue
         text, start = answers["text"][0], answers["answer_start"][0]
         start += len(text) - len(text.lstrip())
         spans[example_id] = start, start + len(text.strip())
     example_ids, bounds, char_starts, char_ends = feature_offsets(features)
     labels = np.full((len(example_ids), 2), NULL_POSITION)
+    if version_2_with_negative:
+        labels += np.diff(bounds)[:, None] - 1
     for window, example_id in enumerate(example_ids):
         tokens = slice(bounds[window], bounds[window + 1])
         context = np.flatnonzero(char_starts[tokens] >= 0)  # without a gap
@@ -159,7 +188,12 @@ def gold_labels(features, examples) -> np.ndarray:
 
 
 def postprocess_qa_predictions(
-    examples, features, predictions, n_best_size: int = 20, max_answer_length: int = 30
+    examples,
+    features,
+    predictions,
+    n_best_size: int = 20,
+    max_answer_length: int = 30,
+    null_threshold: float | None = None,
 ) -> tuple[dict[str, str], dict[str, list[dict]]]:
     """Turns start and end logits into answer texts.
 
@@ -172,6 +206,9 @@ def postprocess_qa_predictions(
         offset_mapping (prepare_validation_features), in any order, the same as that of the logits.
         predictions: (start_logits, end_logits), float arrays (num_features, T) with T no less than the longest
         feature's tokens; what lies past a feature's own tokens is not read, -inf excludes a token.
+        null_threshold: None for v1.1. In v2 the last token of a feature stands for "no answer", as the training
+        features have it; its score for a question is the least over the windows, and the text is "" where that is
+        greater than the score of the best span by more than this. The n-best lists then hold it besides, as "".
     Returns: ({id: text}, {id: [{"text", "start_logit", "end_logit", "probability"}, ...]}) in the order of the
         examples. A text is a slice of the context without outer whitespace; the lists hold up to n_best_size different
         places, best first; probability is the softmax of the scores in the list. No candidate: "" and [].
@@ -210,7 +247,7 @@ def postprocess_qa_predictions(
             known_context = context
             # (characters + 1,): how many characters before this one are not whitespace
             visible = np.cumsum(np.array([False] + [not char.isspace() for char in context]))
-        candidates = []
+        candidates, nulls = [], []
         for window in windows_of[example_id]:
             tokens = bounds[window] + np.flatnonzero(char_starts[bounds[window] : bounds[window + 1]] >= 0)
             begins, ends = char_starts[tokens], char_ends[tokens]
@@ -221,8 +258,14 @@ def postprocess_qa_predictions(
                 start_logits, end_logits, visible[begins], visible[ends], n_best_size, max_answer_length
             )
             candidates.append((begins[first], ends[last], start_logits[first], end_logits[last]))
-        nbest[example_id] = merge_windows(context, candidates, n_best_size)
-        texts[example_id] = nbest[example_id][0]["text"] if nbest[example_id] else ""
+            if null_threshold is not None:
+                nulls.append([float(array[window, bounds[window + 1] - bounds[window] - 1]) for array in logits])
+                if not np.isfinite(nulls[-1]).all():
+                    raise UserError(f"example {example_id!r}: found {nulls[-1]} for no answer; allowed: finite logits")
+        nbest[example_id] = merge_windows(context, candidates, n_best_size, min(nulls, key=sum, default=None))
+        spans = [entry for entry in nbest[example_id] if entry["text"]]
+        no_answer = null_threshold is not None and null_odds(nbest[example_id]) > null_threshold
+        texts[example_id] = spans[0]["text"] if spans and not no_answer else ""
     return texts, nbest
 
 
@@ -261,17 +304,17 @@ def squad_em_f1_per_example(
             raise UserError(f"prediction {example_id!r} is {prediction!r}; allowed: a text")
         scores[example_id] = (0.0, 0.0)
         if prediction is not None:
-            words, golds = _answer_words(prediction), [_answer_words(gold) for gold in golds]
-            scores[example_id] = (float(words in golds), max(_word_f1(words, gold) for gold in golds))
+            words, golds = answer_words(prediction), [answer_words(gold) for gold in golds]
+            scores[example_id] = (float(words in golds), max(word_f1(words, gold) for gold in golds))
     return scores
 
 
-def _answer_words(text: str) -> list[str]:
+def answer_words(text: str) -> list[str]:
     """Lower case, then no ASCII punctuation (other scripts' stays), then no articles, split at whitespace."""
     return _ARTICLE.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split()
 
 
-def _word_f1(words: list[str], gold: list[str]) -> float:
+def word_f1(words: list[str], gold: list[str]) -> float:
     """F1 of two word multisets; without a common word 0, in v1.1 for two empty texts too, though their EM is 1."""
     common = sum((Counter(words) & Counter(gold)).values())
     if not common:

@@ -388,6 +388,8 @@ def test_a_matrix_of_questions(questions, squad_files, tmp_path):
     assert record["random_precision"]["no attack"]["per_layer"] is None
     assert record["data"]["attacked"] == {"examples": 6, "left_out": 0}
     assert "6 questions whose context fits one window; exact match" in (tmp_path / "table.md").read_text()
+    with pytest.raises(ValueError, match="--version_2_with_negative: attacked are questions that have an answer"):
+        call(pgd_matrix, *words, "--version_2_with_negative")
     with pytest.raises(ValueError, match="no context fits one window; allowed are more tokens .--max_seq_length 16."):
         call(pgd_matrix, *words, "--max_seq_length", 16, "--doc_stride", 2)
 

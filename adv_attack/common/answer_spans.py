@@ -55,8 +55,11 @@ def best_spans(start_logits, end_logits, visible_before, visible_until, n_best: 
     return picked // width, picked // width + picked % width
 
 
-def merge_windows(context: str, candidates: list[tuple], n_best: int) -> list[dict]:
-    """The n best of the windows' (begin characters, end characters, start logits, end logits), a place only once."""
+def merge_windows(context: str, candidates: list[tuple], n_best: int, null=None) -> list[dict]:
+    """The n best of the windows' (begin characters, end characters, start logits, end logits), a place only once.
+
+    null: (start logit, end logit) of "no answer", which gets an entry with the text "" in its place by score.
+    """
     if not candidates:
         return []
     begins, ends, start_logits, end_logits = map(np.concatenate, zip(*candidates))
@@ -70,12 +73,21 @@ def merge_windows(context: str, candidates: list[tuple], n_best: int) -> list[di
         if len(entries) < n_best and place not in entries:
             entries[place] = (text, float(start_logits[index]), float(end_logits[index]), scores[index])
     best = list(entries.values())
+    if null is not None:
+        best = sorted([*best, ("", *null, sum(null))], key=lambda entry: -entry[-1])
     weights = [math.exp(score - best[0][-1]) for *_, score in best]
     total = sum(weights)
     return [
         {"text": text, "start_logit": start, "end_logit": end, "probability": weight / total}
         for (text, start, end, _), weight in zip(best, weights)
     ]
+
+
+def null_odds(entries: list[dict]) -> float:
+    """Score of "no answer" less that of the best span, from a question's n-best list; what is not there scores 0."""
+    scores = [(entry["text"] == "", entry["start_logit"] + entry["end_logit"]) for entry in entries]
+    null, span = (max((score for is_null, score in scores if is_null is kind), default=0.0) for kind in (True, False))
+    return null - span
 
 
 def column(rows, name: str) -> list:

@@ -1,5 +1,6 @@
 """SQuAD-format data as the QA scripts take them: examples, token windows, collator, metric."""
 
+import contextlib
 import logging
 import os
 import random
@@ -10,9 +11,11 @@ from datasets.fingerprint import Hasher
 from transformers import DataCollatorWithPadding
 
 import utils_qa
+from common import squad_v2
 from common.calibration import set_quantizer
 from common.checksums import file_checksum, json_checksum, tokenizer_checksum
-from common.record import relative_path
+from common.record import load_state, relative_path
+from common.resuming import SETTINGS_FILE
 from common.squad_data import load_qa_datasets
 from models.errors import UserError
 
@@ -29,8 +32,11 @@ def needed_splits(training_args):
 def load_data(data_args, splits, model_args):
     """({split: examples}, {split: source, number and checksum}) for the splits that the run needs."""
     files = {flag: getattr(data_args, flag) for flag in ("train_file", "validation_file", "test_file")}
-    hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
-    raw = load_qa_datasets(data_args.dataset_name, data_args.dataset_config_name, **files, splits=splits, **hub)
+    options = {"cache_dir": model_args.cache_dir, "token": model_args.token}
+    options |= {"splits": splits, "version_2_with_negative": data_args.version_2_with_negative}
+    raw = load_qa_datasets(data_args.dataset_name, data_args.dataset_config_name, **files, **options)
+    if "train" not in splits:
+        tell_other_version(data_args.version_2_with_negative, model_args.model_name_or_path)
     limits = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
     examples, sources = {}, {}
     for split in splits:
@@ -41,7 +47,18 @@ def load_data(data_args, splits, model_args):
             "examples": len(examples[split]),
             "sha256": file_checksum(path) if path else json_checksum(examples[split][:]),
         }
+        if data_args.version_2_with_negative and all(answers["text"] for answers in examples[split]["answers"]):
+            logger.warning("--version_2_with_negative: every question of the %s data has an answer", split)
     return examples, sources
+
+
+def tell_other_version(v2, model):
+    """Log where an evaluation reads SQuAD in another version than the training that the folder `model` is of."""
+    with contextlib.suppress(UserError, OSError):  # not known of every model
+        trained = load_state(os.path.join(model, SETTINGS_FILE)).get("version_2_with_negative", False)
+        if trained != v2:
+            how = "with" if trained else "without"
+            logger.warning("%s was trained %s --version_2_with_negative, and is not evaluated so", model, how)
 
 
 def feature_settings(data_args, max_positions):
@@ -50,6 +67,7 @@ def feature_settings(data_args, max_positions):
         "max_seq_length": min(data_args.max_seq_length, max_positions),
         "doc_stride": data_args.doc_stride,
         "separator": data_args.question_separator.encode("latin-1", "backslashreplace").decode("unicode_escape"),
+        "version_2_with_negative": data_args.version_2_with_negative,
     }
 
 
@@ -113,8 +131,13 @@ def make_collator(tokenizer, data_args, max_positions):
     return DataCollatorWithPadding(tokenizer, **padding)
 
 
-def make_metric():
-    """compute_metrics for the trainer: EM/F1 through the `evaluate` module beside this file; the hub is not asked."""
+def make_metric(version_2_with_negative=False):
+    """compute_metrics for the trainer: EM/F1 through the `evaluate` module beside this file; the hub is not asked.
+
+    v2: see squad_v2.compute_metrics, which takes the odds of no answer besides.
+    """
+    if version_2_with_negative:
+        return squad_v2.compute_metrics
     metric = evaluate.load(os.path.join(os.path.dirname(__file__), "squad_metric"), keep_in_memory=True)
 
     def compute_metrics(prediction, **options):
@@ -140,9 +163,10 @@ def trainer_arguments(model, tokenizer, data_args, training_args, examples, feat
         "eval_examples": examples.get("validation"),
         "processing_class": tokenizer,
         "data_collator": make_collator(tokenizer, data_args, model.config.max_position_embeddings),
-        "compute_metrics": make_metric(),
+        "compute_metrics": make_metric(data_args.version_2_with_negative),
         "n_best_size": data_args.n_best_size,
         "max_answer_length": data_args.max_answer_length,
+        "null_threshold": data_args.null_threshold,
     }
 
 

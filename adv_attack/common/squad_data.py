@@ -1,4 +1,4 @@
-"""Read SQuAD v1.1 data from the hub or from local files, and refuse broken records with one message."""
+"""Read SQuAD data from the hub or from local files, and refuse broken records with one message."""
 
 import json
 import logging
@@ -26,11 +26,14 @@ _MISSING = type("Missing", (), {"__repr__": lambda self: "missing"})()  # in pla
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def load_squad_json(path: str | os.PathLike, require_answers: bool = True) -> list[dict]:
-    """Reads a SQuAD v1.1 file, nested or flat, and checks every record.
+def load_squad_json(
+    path: str | os.PathLike, require_answers: bool = True, version_2_with_negative: bool = False
+) -> list[dict]:
+    """Reads a SQuAD file, nested or flat, and checks every record.
 
     Args: path: the official nested JSON, or flat rows (a JSON list, {"data": [rows]}, JSON lines).
         require_answers: False accepts questions without answer (a test set); they get empty lists.
+        version_2_with_negative: True accepts questions whose list of answers is empty: there is no answer (SQuAD v2).
     Returns: rows {"id", "title", "context", "question", "answers": {"text": [str], "answer_start": [int]}} in file
         order; `answer_start` counts characters of the context.
     Raises: FileNotFoundError; ValueError with all faults of the file (10 in full), each naming record, key, what was
@@ -41,18 +44,24 @@ def load_squad_json(path: str | os.PathLike, require_answers: bool = True) -> li
         raise FileNotFoundError(f"{path}: no such data file; allowed: {_FORMS}")
     faults: list[str] = []
     rows = []
-    for record in _checked(path, _flatten(_read_records(path), faults), require_answers, faults):
+    least = _least_answers(require_answers, version_2_with_negative)
+    for record in _checked(path, _flatten(_read_records(path), faults), least, faults):
         answers = {key: record["answers"][key] if "answers" in record else [] for key in _ANSWERS}
         rows.append({**{key: record.get(key) or "" for key in COLUMNS}, "answers": answers})
     return rows
 
 
-def _checked(source: str, records, require_answers: bool, faults: list[str]):
+def _least_answers(require_answers: bool, version_2_with_negative: bool) -> int | None:
+    """How many answers a record must have; None where it may lack them altogether."""
+    return (0 if version_2_with_negative else 1) if require_answers else None
+
+
+def _checked(source: str, records, least_answers: int | None, faults: list[str]):
     """Yields the good ones of (where, record) pairs, and raises all faults at the end: of files and hub data alike."""
     first_with_id = {}
     for where, record in records:
         where += f" (id {_show(record.get('id', _MISSING))})"
-        if found := _record_faults(where, record, require_answers):
+        if found := _record_faults(where, record, least_answers):
             faults += found
             continue
         first = first_with_id.setdefault(record["id"], where)
@@ -151,20 +160,21 @@ def _objects_at(where: str, record: dict, key: str, faults: list[str]):
             faults.append(f"{where}.{key}[{index}]: found {_show(item)}; allowed: an object {{...}}")
 
 
-def _record_faults(where: str, record: dict, require_answers: bool) -> list[str]:
+def _record_faults(where: str, record: dict, least_answers: int | None) -> list[str]:
     texts = [(key, record.get(key, _MISSING)) for key in ("id", "question", "context")]
     texts += [("title", record["title"])] if record.get("title") not in (None, "") else []
     faults = [_text_fault(where, key, value) for key, value in texts if not _is_text(value)]
     answers = record.get("answers", _MISSING)
-    if answers is _MISSING and not require_answers:
+    if answers is _MISSING and least_answers is None:
         return faults
     if not isinstance(answers, dict) or not all(isinstance(answers.get(key), list) for key in _ANSWERS):
         return [*faults, f'{where}: "answers" is {_show(answers)}; allowed: {{"text": [...], "answer_start": [...]}}']
     counts = {key: len(answers[key]) for key in _ANSWERS}
     if len(set(counts.values())) > 1:
         return [*faults, f'{where}: "answers" has the lengths {counts}; allowed: as many starts as texts']
-    if require_answers and not answers["text"]:
-        faults.append(f'{where}: "answers" is empty; allowed: at least one answer (SQuAD v1.1, not v2)')
+    if least_answers and not answers["text"]:
+        allowed = "at least one answer (SQuAD v1.1), or none with --version_2_with_negative (SQuAD v2)"
+        faults.append(f'{where}: "answers" is empty; allowed: {allowed}')
     for index, (text, start) in enumerate(zip(answers["text"], answers["answer_start"], strict=True)):
         if not _is_text(text):
             faults.append(_text_fault(where, f"answers.text[{index}]", text))
@@ -197,7 +207,14 @@ def _show(value) -> str:
 
 
 def load_qa_datasets(
-    dataset_name=None, config_name=None, train_file=None, validation_file=None, test_file=None, splits=None, **options
+    dataset_name=None,
+    config_name=None,
+    train_file=None,
+    validation_file=None,
+    test_file=None,
+    splits=None,
+    version_2_with_negative=False,
+    **options,
 ) -> datasets.DatasetDict:
     """Loads SQuAD-format data from the hub, from local files, or both: a file replaces the hub's split of its name.
 
@@ -205,6 +222,7 @@ def load_qa_datasets(
         train_file, validation_file, test_file: read by load_squad_json; the test split may lack answers.
         splits: what the run needs; nothing else is read, and the hub is asked only for a split without file.
             None takes every file given and every split of the hub's.
+        version_2_with_negative: questions may have an empty list of answers.
     Returns: DatasetDict with the columns id, title, context, question, answers (SQUAD_FEATURES).
     Raises: ValueError (no data for a split, other columns, faulty records), FileNotFoundError, ConnectionError.
     """
@@ -225,10 +243,11 @@ def load_qa_datasets(
             if split not in files and (splits is None or split in splits):
                 name = f"--dataset_name {dataset_name}, split {split}"
                 result[split] = _as_squad_columns(on_hub[split], name)
-                for _ in _checked(name, _rows_of(result[split]), split != "test", []):
+                least = _least_answers(split != "test", version_2_with_negative)
+                for _ in _checked(name, _rows_of(result[split]), least, []):
                     pass
     for split, path in files.items():
-        rows = load_squad_json(path, require_answers=split != "test")
+        rows = load_squad_json(path, split != "test", version_2_with_negative)
         result[split] = datasets.Dataset.from_list(rows, features=SQUAD_FEATURES)
     for split in splits or (() if result else ("train",)):
         if split not in result:
