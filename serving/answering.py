@@ -40,13 +40,14 @@ def answer(model, tokenizer, question, context, bits=None, **options):
 
 @torch.no_grad()
 def answers(
-    model, tokenizer, pairs, n_best=5, max_answer_length=30, max_seq_length=384, doc_stride=128, separator="\n"
+    model, tokenizer, pairs, n_best=5, max_answer_length=30, max_seq_length=384, doc_stride=None, separator="\n"
 ):
     """One result a (question, context) of `pairs`, as of `answer`, under the model's present bits.
 
     n_best: candidates a question; max_answer_length: tokens; max_seq_length: tokens of a window, doc_stride: those
-    that two windows of a long text share; separator: between question and text, as in training. Windows of all pairs
-    go through the model together, padded to the longest: each answer is that of its pair alone.
+    that two windows of a long text share (None: a third of a window); separator: between question and text, as in
+    training. Windows of all pairs go through the model together, padded to the longest: each answer is that of its
+    pair alone.
     """
     for number, pair in enumerate(pairs):
         for name, text in zip(("question", "context"), pair, strict=True):
@@ -55,7 +56,7 @@ def answers(
     ids = [str(number) for number in range(len(pairs))]
     questions, contexts = map(list, zip(*pairs, strict=True))
     length = min(max_seq_length, model.config.n_positions)
-    stride = min(doc_stride, length // 3)
+    stride = length // 3 if doc_stride is None else doc_stride
     rows = {"id": ids, "question": questions, "context": contexts}
     features = prepare_validation_features(rows, tokenizer, length, stride, separator)
     model.eval()

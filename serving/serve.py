@@ -235,6 +235,7 @@ def load_questions(model_args, args):
     def run(model, jobs, kind):
         return answers(model, tokenizer, jobs, **options)
 
+    run(model, [("Who?", "Ada.")], None)  # refuses windows that are too small, and makes ready
     return Served(model, names, run, args.max_batch)
 
 

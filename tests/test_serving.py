@@ -172,6 +172,7 @@ def test_one_faulty_request_of_a_batch_fails_alone(served):
         (["--max_batch", "0"], "--max_batch 0: 1 to"),
         (["--model_name_or_path", "missing"], "huggingface.co"),
         (["--bit_configs", "9"], "9 is not a bit-width"),
+        (["--max_seq_length", "16", "--doc_stride", "15"], "allowed: more than --doc_stride 15. Raise"),
     ],
 )
 def test_server_refuses(words, message, tiny_model):

@@ -3,8 +3,8 @@
 import numpy as np
 
 from allocation.assignment import fill, least, random_choice, total
-from allocation.block_reuse import block_of
 from common.statistics import METRICS, compare, with_interval
+from models.bit_config import block_of
 
 
 def hybrid(high, low):

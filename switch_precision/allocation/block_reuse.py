@@ -6,9 +6,10 @@ forwards of separate evaluations (54 % for n = 12), plus the base, at the memory
 """
 
 import contextlib
-import re
 
 import torch
+
+from models.bit_config import block_of
 
 
 class ReusedForward:
@@ -60,11 +61,6 @@ class ReusedForward:
         self.block_forwards += len(self.blocks) - first
         logits = self.model.qa_outputs(self.model.transformer.ln_f(hidden))  # (batch, seq, 2)
         return logits.permute(2, 0, 1).contiguous().float()
-
-
-def block_of(layer):
-    """Block number of a linear: 3 for "transformer.h.3.mlp.c_fc"."""
-    return int(re.search(r"\.h\.(\d+)\.", layer)[1])
 
 
 def first_difference(base, config):

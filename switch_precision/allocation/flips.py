@@ -1,7 +1,6 @@
 """The flips of a sweep: which linears go to low bits, and with which operands: W, A and K/V together, or one alone."""
 
-from allocation.block_reuse import block_of
-from models.bit_config import FIELDS
+from models.bit_config import FIELDS, block_of
 
 TYPES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 OPERANDS = ("w", "a", "kv")

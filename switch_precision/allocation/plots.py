@@ -7,9 +7,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LogNorm
 
-from allocation.block_reuse import block_of
 from allocation.flips import TYPES, title
 from common.record import atomic_path
+from models.bit_config import block_of
 
 PANELS = (("exact_match_drop", "EM drop (points)", "{:.1f}"), ("kl", "KL (nats)", "{:.1e}"))
 STYLES = {
