@@ -4,6 +4,7 @@
     python reproduce/run.py gpt2 --dry_run              print every command
     python reproduce/run.py small --work DIR            run what has no record yet; killed steps resume
     python reproduce/run.py small --only lora_fp32      some steps
+    python reproduce/run.py small --jobs 8              side by side, each after those that it needs, for a large GPU
 
 reproduce/run.sh and quickstart/run.sh call it, once at a time.
 """
@@ -129,24 +130,94 @@ def seconds_of(records, name):
     return json.loads(path.read_text(encoding="utf-8-sig")).get("wall_seconds") if path.exists() else None
 
 
-def time_left(waiting, done, committed):
+def time_left(waiting, done, committed, jobs=1):
     """Text: what the waiting steps took by the committed records of this scale, else the mean of those done here."""
     known = {name: seconds_of(committed, name) for name in waiting}
     mean = sum(done) / len(done) if done else None
     if not done and None in known.values():
         return "time left not known yet"
-    seconds = sum(mean if known[name] is None else known[name] for name in waiting)
+    seconds = sum(mean if known[name] is None else known[name] for name in waiting) / jobs
     return f"about {seconds / 3600:.1f} h left" if seconds >= 5400 else f"about {seconds / 60:.0f} min left"
 
 
-def execute(command, environment):
-    """Run a command in the root of the repository; its exit status. Ctrl-C reaches it too, and is waited for."""
-    with subprocess.Popen(["bash", "-euo", "pipefail", "-c", command], cwd=ROOT, env=environment) as process:
+def start(command, environment, output=None):
+    """The process of a command in the root of the repository. output: a file, or None for the terminal."""
+    command = ["bash", "-euo", "pipefail", "-c", command]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+
+
+def execute(commands, environment):
+    """Run commands one after the other. Exits with the status of one that fails; Ctrl-C is waited for."""
+    for command in commands:
+        process = start(command, environment)
         try:
-            return process.wait()
-        except KeyboardInterrupt:
+            status = process.wait()
+        finally:
             process.wait()
-            raise
+        if status:
+            sys.exit(status)
+
+
+class Steps:
+    """Runs the steps of a plan that have no record yet, at most `jobs` at a time, each after those that it needs."""
+
+    def __init__(self, steps, folder, work, jobs, committed, environment):
+        self.folder, self.jobs, self.committed, self.environment = folder, jobs, committed, environment
+        self.total, self.seconds, self.status = len(steps), [], 0
+        self.places = {name: f"reproduce: [{index}/{len(steps)}] {name}" for index, (name, _) in enumerate(steps, 1)}
+        paths = re.compile(rf"{re.escape(work)}/(?:runs|records)/(\w+)")
+        self.needs = {name: set(paths.findall(command)) - {name} for name, command in steps}
+        for name, _ in steps:
+            if self.record(name).exists():
+                print(f"{self.places[name]} is done", flush=True)
+        self.waiting = {name: command for name, command in steps if not self.record(name).exists()}
+        self.running = {}  # name: (process, when it was started)
+
+    def record(self, name):
+        return self.folder / "records" / f"{name}.json"
+
+    def begin(self, name):
+        left = time_left([*self.running, *self.waiting], self.seconds, self.committed, self.jobs)
+        command = self.waiting.pop(name)
+        print(f"{self.places[name]} ({left})\n  {command}", flush=True)
+        (self.folder / "commands" / f"{name}.txt").write_text(command, encoding="utf-8")
+        if self.jobs == 1:
+            process = start(command, self.environment)
+        else:
+            with open(self.folder / "logs" / f"{name}.txt", "a", encoding="utf-8") as output:
+                process = start(command, self.environment, output)
+        self.running[name] = process, time.time()
+
+    def end(self, name):
+        process, began = self.running.pop(name)
+        self.seconds.append(time.time() - began)
+        fault = f"{name} failed (exit {process.returncode})" if process.returncode else None
+        if fault is None and not self.record(name).exists():
+            fault = f"{name} wrote no record: {self.record(name)}"
+        if fault:
+            self.status = self.status or process.returncode or 1
+            print(f"error: {fault}; the same command goes on from there", file=sys.stderr, flush=True)
+
+    def run(self):
+        """The exit status: 0, or that of the first that failed; steps that do not need it have run all the same."""
+        try:
+            while True:
+                unfinished = {name for name in self.places if not self.record(name).exists()}
+                for name in [name for name in self.waiting if not self.needs[name] & unfinished]:
+                    if len(self.running) < self.jobs:
+                        self.begin(name)
+                if not self.running:
+                    break
+                while all(process.poll() is None for process, _ in self.running.values()):
+                    time.sleep(0.05)
+                for name in [name for name, (process, _) in self.running.items() if process.poll() is not None]:
+                    self.end(name)
+        finally:  # after Ctrl-C, which has reached them too
+            for process, _ in self.running.values():
+                process.wait()
+        if self.waiting:
+            print(f"error: not run, for what they need: {' '.join(self.waiting)}", file=sys.stderr)
+        return self.status
 
 
 def main():
@@ -155,8 +226,11 @@ def main():
     parser.add_argument("--work", help="folder of runs and records (default: that of the settings)")
     parser.add_argument("--seed", type=int, help="instead of the one of the settings")
     parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="run these alone")
+    parser.add_argument("--jobs", type=int, default=1, help="steps at a time; above 1 their output is in WORK/logs")
     parser.add_argument("--dry_run", action="store_true", help="print every command, run none")
     args = parser.parse_args()
+    if args.jobs < 1:
+        sys.exit(f"error: --jobs {args.jobs}: allowed is 1 or more")
     path = ROOT / "reproduce" / "settings" / f"{args.settings}.json"
     if not path.exists():
         path = Path(args.settings)
@@ -178,7 +252,7 @@ def main():
         return
 
     environment = os.environ | settings.get("environment", {})
-    for name in ("runs", "records", "commands"):
+    for name in ("runs", "records", "commands", "logs"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for name, command in steps:
         begun = folder / "commands" / f"{name}.txt"
@@ -186,28 +260,11 @@ def main():
             sys.exit(
                 f"error: {begun}: {name} was begun by another command: put the settings back, or remove its files"
             )
-    for command in prepare:
-        if status := execute(command, environment):
-            sys.exit(status)
-    done, committed = [], ROOT / settings.get("results", "results")
-    for index, (name, command) in enumerate(steps):
-        place = f"reproduce: [{index + 1}/{len(steps)}] {name}"
-        if (folder / "records" / f"{name}.json").exists():
-            print(f"{place} is done", flush=True)
-            continue
-        waiting = [other for other, _ in steps[index:] if not (folder / "records" / f"{other}.json").exists()]
-        print(f"{place} ({time_left(waiting, done, committed)})\n  {command}", flush=True)
-        (folder / "commands" / f"{name}.txt").write_text(command, encoding="utf-8")
-        start = time.time()
-        if status := execute(command, environment):
-            print(f"error: {name} failed (exit {status}); the same command goes on from there", file=sys.stderr)
-            sys.exit(status)
-        if not (folder / "records" / f"{name}.json").exists():
-            sys.exit(f"error: {name} wrote no record: {folder}/records/{name}.json")
-        done.append(time.time() - start)
-    for command in finish:
-        if status := execute(command, environment):
-            sys.exit(status)
+    execute(prepare, environment)
+    committed = ROOT / settings.get("results", "results")
+    if status := Steps(steps, folder, work, args.jobs, committed, environment).run():
+        sys.exit(status)
+    execute(finish, environment)
 
 
 if __name__ == "__main__":

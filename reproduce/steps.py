@@ -67,7 +67,8 @@ SQUAD_VALIDATION = '--dataset_name squad ${VALIDATION_FILE:+--validation_file "$
 
 STEPS = {
     # a model to start from, where the hub's is not taken
-    "pretrain": f"python3 reproduce/make_small_gpt2.py --output_dir {{own}} {{+pretraining}} {END}",
+    "pretrain": "TOKENIZERS_PARALLELISM=true python3 reproduce/make_small_gpt2.py --output_dir {own} {+pretraining} "
+    + END,
     "split": "python3 reproduce/split_squad.py --train_file {TRAIN_FILE} --output_dir {own} --record_file {record}",
     "base": "TRAIN_FILE={split}/base.json VALIDATION_FILE={validation_file} OUTPUT_DIR={own} MODEL={pretrain} "
     f"bash base_model/train.sh {{+base}} {{+common}} {END}",
@@ -84,13 +85,11 @@ STEPS = {
     "bnb_8bit": qa("base_model/eval.sh", "lora_fp32", "--bitsandbytes 8bit"),
     "bnb_nf4": qa("base_model/eval.sh", "lora_fp32", "--bitsandbytes nf4"),
     **{
-        f"static_w{bits}_{quantizer}": train(
-            "base_model", f"--bit_widths {bits}", f"--quantizer {quantizer}", "{+static}"
-        )
+        f"static_w{bits}_{quantizer}": train("base_model", f"--bit_widths {bits}", f"--quantizer {quantizer}")
         for bits in (8, 4)
         for quantizer in QUANTIZERS
     },
-    "static_w4_rotated_fake": train("base_model", "--bit_widths 4 --quantizer rotated"),
+    "static_w4_rotated_integer": train("base_model", "--bit_widths 4 --quantizer rotated --execution integer"),
     **{
         f"separator_{name}": train("base_model", "--add_lora", f"--question_separator '{text}'", "{+separator}")
         for name, text in {"none": "", "newline": "\\n", "space": " "}.items()

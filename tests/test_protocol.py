@@ -19,6 +19,10 @@ STEPS = {  # steps that only note that they ran
     "first": "test ! -e {work}/fail; echo first {seed} {+training} >>{work}/log; cp {work}/one {record}",
     "second": "test -e {first_record}; echo second {seed} {first} {own} >>{work}/log; cp {work}/one {record}",
     "silent": "true",
+    "alone": "echo alone {seed} >>{work}/log; cp {work}/one {record}",
+    "meets": "test -e {first_record}; touch {work}/here_{seed}; echo meets said; "
+    "for other in 1 2; do until test -e {work}/here_$other; do sleep 0.05; done; done; "
+    "echo meets >>{work}/log; cp {work}/one {record}",
     "home": "cp {A_FILE} {record}",
 }
 
@@ -69,10 +73,25 @@ def test_steps_run_in_order_and_once(protocol, tmp_path, capfd):
 
 def test_a_step_that_fails_goes_on_when_the_command_is_given_again(protocol, tmp_path, capfd):
     (tmp_path / "my work" / "fail").touch()
-    assert protocol() == 1 and "error: first failed (exit 1)" in capfd.readouterr().err
+    steps = [{"seeds": [1, 2], "steps": ["first"]}, "second", {"seeds": [3], "steps": ["alone"]}]
+    for jobs in ((), ("--jobs", "3")):
+        assert protocol(*jobs, steps=steps, finish=["echo end >>{work}/log"]) == 1
+        told = capfd.readouterr().err
+        assert "error: first failed (exit 1)" in told and "error: not run, for what they need: second\n" in told
+    assert log(tmp_path) == ["alone 3"], "what does not need it has run, once"
     (tmp_path / "my work" / "fail").unlink()
-    assert protocol() == 0 and len(log(tmp_path)) == 2
-    assert protocol(steps=["silent"]).startswith("error: silent wrote no record")
+    assert protocol(steps=steps, finish=["echo end >>{work}/log"]) == 0 and len(log(tmp_path)) == 5
+    assert protocol(steps=["silent"]) == 1 and "error: silent wrote no record" in capfd.readouterr().err
+
+
+def test_steps_side_by_side_wait_for_what_they_need(protocol, tmp_path, capfd):
+    steps = ["first", {"seeds": [1, 2], "steps": ["meets"]}, "second"]
+    assert protocol("--jobs", "2", steps=steps) == 0, "each meets step ends only beside the other"
+    ran = [line.split()[0] for line in log(tmp_path)]
+    assert ran[0] == "first" and sorted(ran[1:]) == ["meets", "meets", "second"]
+    assert "meets said" in (tmp_path / "my work" / "logs" / "meets_2.txt").read_text()
+    assert "\nmeets said\n" not in capfd.readouterr().out
+    assert protocol("--jobs", "0") == "error: --jobs 0: allowed is 1 or more"
 
 
 def test_dry_run_and_only(protocol, tmp_path, capfd):
@@ -104,7 +123,7 @@ def test_results_of_other_settings_are_not_mixed(protocol, tmp_path):
         ({"prepare": "echo"}, 'mine.json: prepare: "echo": must be a list of commands'),
         ({"prepare": ["echo {model}"]}, "mine.json: prepare: {model}: {work} and environment variables are known"),
         ({"steps": []}, "mine.json: steps: []: must be a list"),
-        ({"steps": ["third"]}, 'mine.json: steps: "third": unknown; known: first, second'),
+        ({"steps": ["third"]}, 'mine.json: steps: "third": unknown; known: first, second, silent'),
         ({"steps": [["first"]]}, "mine.json: steps: "),
         ({"steps": [{"seeds": ["1"], "steps": ["first"]}]}, "mine.json: steps: "),
         ({"steps": ["second", "first"]}, "mine.json: second needs first: this step must come before it"),
