@@ -85,11 +85,13 @@ STEPS = {
     "bnb_8bit": qa("base_model/eval.sh", "lora_fp32", "--bitsandbytes 8bit"),
     "bnb_nf4": qa("base_model/eval.sh", "lora_fp32", "--bitsandbytes nf4"),
     **{
-        f"static_w{bits}_{quantizer}": train("base_model", f"--bit_widths {bits}", f"--quantizer {quantizer}")
+        f"static_w{bits}_{quantizer}": train(
+            "base_model", f"--bit_widths {bits}", f"--quantizer {quantizer}", "{+static}"
+        )
         for bits in (8, 4)
         for quantizer in QUANTIZERS
     },
-    "static_w4_rotated_integer": train("base_model", "--bit_widths 4 --quantizer rotated --execution integer"),
+    "static_w4_rotated_fake": train("base_model", "--bit_widths 4 --quantizer rotated"),
     **{
         f"separator_{name}": train("base_model", "--add_lora", f"--question_separator '{text}'", "{+separator}")
         for name, text in {"none": "", "newline": "\\n", "space": " "}.items()
