@@ -26,8 +26,10 @@ PUBLISHED = HERE.parent / "reproduce" / "published.json"
 TITLES = {  # by the name of the folder of records
     "quickstart": ("tiny stand-in", "made-up text; says nothing about GPT-2 on SQuAD"),
     "small": ("small", "a small GPT-2 made here on real text; says nothing certain about GPT-2 124M"),
+    "small_outliers": ("small, outliers", "another, with outlier channels put in before pretraining"),
     "gpt2": ("GPT-2", "the published weights"),
 }
+VARIANT = "_outliers"  # ends the name of a scale whose tables stand beside those of the scale before
 
 SERVED = {  # numbers of the abstract: step, config
     "float": ("lora_fp32", None),
@@ -81,7 +83,7 @@ def read_scale(folder, key):
     records = read_records(folder)
     summary = folder.parent / f"{folder.name}_seeds.json"
     title, note = TITLES.get(key, (key, ""))
-    scale = {"key": key, "title": title, "note": note, "records": records}
+    scale = {"key": key, "title": title, "note": note, "records": records, "variant": key.endswith(VARIANT)}
     scale["summary"] = read_if(summary)
     scale["n"] = scale["blocks"] = 0
     model, trained, seeds = "", "", []
@@ -124,7 +126,10 @@ def describe(scale, bench, folder):
     trainings, operands, sizes, passes, searches = tables.summary_tables(scale)
     widths, range_test = tables.cyclic_tables(scale)
     return {
-        **{name: scale[name] for name in ("key", "title", "note", "model", "trained", "seeds", "n", "blocks")},
+        **{
+            name: scale[name]
+            for name in ("key", "title", "note", "variant", "model", "trained", "seeds", "n", "blocks")
+        },
         "served": served,
         "pictures": pictures,
         "accuracy": tables.accuracy_table(scale),
@@ -176,6 +181,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--records", type=Path, default=Path("results/small"), help="folder of the records")
     parser.add_argument("--scale", choices=TITLES, help="what the records are of (default: the folder's name)")
+    parser.add_argument("--variant", type=Path, help=f"the same with outliers put in (default: --records + {VARIANT})")
     parser.add_argument("--stand_in", type=Path, default=Path("results/quickstart"), help="records shown beside them")
     parser.add_argument("--output", type=Path, default=Path("report/report.pdf"), help="the PDF; its data as .json")
     args = parser.parse_args()
@@ -184,6 +190,8 @@ def main():
     except ImportError:
         fail("the report needs typst: pip install -r requirements-dev.txt")
     folders = {args.scale or args.records.resolve().name: args.records}
+    variant = args.variant or args.records.with_name(args.records.name + VARIANT)
+    folders |= {variant.name: variant} if args.variant or variant.is_dir() else {}
     folders |= {args.stand_in.name: args.stand_in} if args.stand_in.resolve() != args.records.resolve() else {}
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)

@@ -76,29 +76,34 @@ def table(folders):
     return markdown(header, cells)
 
 
-def overview(folder):
-    """Markdown: what QaLoF and others publish beside the means of our records in a folder, and their seeds."""
-    records = read_records(folder) if any(folder.glob("*.json")) else {}
+def overview(folders):
+    """Markdown: published figures beside the means of our records, and their seeds. folders: {title: of records}."""
+    scales = [read_records(folder) if any(folder.glob("*.json")) else {} for folder in folders.values()]
     published = {(row["source"], row["setting"]): row for row in read(PUBLISHED)}
     cells = []
     for label, (source, setting, step, config) in OVERVIEW.items():
         values = [published[source, setting][key] if source else None for key in ("exact_match", "f1")]
-        theirs = " / ".join("-" if value is None else f"{value:.2f}" for value in values)
-        found = [score for record in records.get(step, {}).values() if (score := scores(record, config))]
-        means = [statistics.mean(score[key] for score in found) for key in ("exact_match", "f1")] if found else []
-        cells.append([label, theirs, " / ".join(f"{mean:.1f}" for mean in means), str(len(found) or "")])
-    header = ["", "GPT-2 124M, published: EM / F1", "small GPT-2 made here, ours: EM / F1", "seeds"]
+        row = [label, " / ".join("-" if value is None else f"{value:.2f}" for value in values)]
+        for records in scales:
+            found = [score for record in records.get(step, {}).values() if (score := scores(record, config))]
+            means = [statistics.mean(score[key] for score in found) for key in ("exact_match", "f1")] if found else []
+            row += [" / ".join(f"{mean:.1f}" for mean in means), str(len(found) or "")]
+        cells.append(row)
+    header = ["", "GPT-2 124M, published: EM / F1"]
+    for title in folders:
+        header += [f"{title}, ours: EM / F1", "seeds"]
     return markdown(header, cells)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for scale in ("gpt2", "small"):
+    for scale in ("gpt2", "small", "small_outliers"):
         parser.add_argument(f"--{scale}", type=Path, default=ROOT / "results" / scale, help="folder of its records")
     parser.add_argument("--pages", type=Path, nargs="+", default=[], help="pages whose markers get the table")
     args = parser.parse_args()
-    text = table({"GPT-2 124M, ours": args.gpt2, "small GPT-2 made here": args.small})
-    write_into(args.pages, {"published": text, "overview": overview(args.small)})
+    small = {"small GPT-2 made here": args.small, "another, with outlier channels": args.small_outliers}
+    text = table({"GPT-2 124M, ours": args.gpt2} | small)
+    write_into(args.pages, {"published": text, "overview": overview(small)})
     print(text)
 
 

@@ -139,8 +139,10 @@ def test_steps_of_the_protocol_are_understood(scale, start, copy, monkeypatch):
     commands = dry.stdout.splitlines()
     assert len(commands) > 20, dry.stderr
     for command in commands:
+        if command.startswith("head "):  # prepares a text
+            continue
         found = start(command)
-        assert found or command.startswith("head "), command
+        assert found, command
         for path, words in found:
             parse_flags(path, words)
 
