@@ -289,11 +289,13 @@ def published_tables(published, scales):
                 [short(row["source"]), row["setting"], row["measure"], values]
             )
             continue
+        if row["step"] is None:
+            continue
         theirs = " / ".join("-" if row[key] is None else f"{row[key]:.2f}" for key in ("exact_match", "f1"))
         cells = [ours_of(scale, row["step"], row["config"]) for scale in scales]
         rows.append([short(row["source"]), row["setting"], theirs, *cells])
     for setting, (step, config) in UNPUBLISHED.items():
         rows.append(["ours", setting, "-", *(ours_of(scale, step, config) for scale in scales)])
-    header = ["source", "setting", "GPT-2 124M, published: EM / F1", *(f"{s['title']}: EM / F1" for s in scales)]
+    header = ["source", "setting", "GPT-2 124M, published", *(scale["title"] for scale in scales)]
     names = ["source", "setting", "measure", "published"]
     return table(header, rows), {group: table(names, found) for group, found in others.items()}

@@ -117,10 +117,23 @@ def test_two_scales_have_columns_of_their_own_and_seeds_give_verdicts(records, t
     (small / "split.json").write_text(json.dumps(split))
     data, _ = built(small, tmp_path, "--stand_in", records)
     assert data["scales"][0]["seeds"] == "42, 43, 44"
-    assert data["published"]["header"][-2:] == ["small: EM / F1", "tiny stand-in: EM / F1"]
+    assert data["published"]["header"][-2:] == ["small", "tiny stand-in"]
     found = {scale["key"]: scale["findings"]["joint"] for scale in data["scales"]}
     assert found["small"]["verdict"] == "does not hold" and found["small"]["basis"] == "3 seeds"
     assert found["quickstart"]["verdict"] == "not shown" and "no interval" in found["quickstart"]["basis"]
+
+
+def test_a_variant_beside_the_records_gets_a_column(records, tmp_path):
+    variant = records.parent / "small_outliers"
+    variant.mkdir()
+    shutil.copytree(records, records.parent / "small")
+    record = json.loads((records / "lora_fp32.json").read_text())
+    record["metrics"]["eval_exact_match"] = 12.3
+    (variant / "lora_fp32.json").write_text(json.dumps(record))
+    data, _ = built(records.parent / "small", tmp_path, "--stand_in", records)
+    assert [scale["variant"] for scale in data["scales"]] == [False, True, False]
+    assert data["published"]["header"][-3:] == ["small", "small, outliers", "tiny stand-in"]
+    assert any(row[-2].startswith("12.3 /") for row in data["published"]["rows"])
 
 
 def test_verdicts_need_an_interval():
