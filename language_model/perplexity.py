@@ -8,6 +8,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from tqdm.auto import trange
 
 from common.loading import describe_bits
 from common.statistics import markdown_table
@@ -82,7 +83,7 @@ def perplexity(model, tokens, block_size, stride, batch_size=8, half=None):
     model.eval()
     spans = list(windows(len(tokens), block_size, stride))  # all of one length: only a short text has one shorter
     loss = torch.zeros((), dtype=torch.float64, device=model.device)
-    for index in range(0, len(spans), batch_size):
+    for index in trange(0, len(spans), batch_size, desc="perplexity", unit="batch", leave=False):
         batch = spans[index : index + batch_size]
         inputs = torch.stack([tokens[start : end - 1] for start, _, end in batch]).to(model.device)
         keep = max(end - first for _, first, end in batch)

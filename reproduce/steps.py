@@ -112,6 +112,13 @@ STEPS = {
     "switch_eval": served("switch_train", SERVED),
     "switch_minmax_eval": served("switch_minmax", SERVED),
     "switch_sequential_eval": served("switch_sequential", SERVED),
+    # the adapters of one config folded into its weights before they are quantized: answers before and after
+    **{
+        f"merge_{bits}": "VALIDATION_FILE={validation_file}; python3 switch_precision/export.py --merge "
+        f"--model_name_or_path {{switch_train}} --bit_config {bits} --output_dir {{own}} {SQUAD_VALIDATION} "
+        f"--max_eval_samples 100000 {{+merge}} {END}"
+        for bits in (8, 4)
+    },
     # cpt: one adapter for all widths, trained while the bits cycle from 4 to 8
     "cpt_train": train("cpt", "--quantizer rotated", "{+cpt}"),
     "cpt_minmax_train": train("cpt", "{+cpt}"),

@@ -55,6 +55,17 @@ def predictions(folder):
     return json.loads((pathlib.Path(folder) / "eval_predictions.json").read_text())
 
 
+def test_tensorboard_gets_losses_and_scores(run, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run("--bit_widths", "4", "--report_to", "tensorboard", "--logging_steps", "1")
+    (folder,) = (tmp_path / "out" / "runs").iterdir()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert {"train/loss", "eval/exact_match", "eval/f1"} <= set(events.Tags()["scalars"])
+
+
 # ---- modes
 
 
