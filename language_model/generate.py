@@ -12,6 +12,7 @@ takes in the cache beside those of a float cache. Several prompts make one batch
 import dataclasses
 import logging
 import os
+import random
 import sys
 import time
 
@@ -23,7 +24,7 @@ from common.arguments import CheckpointArguments, option
 from common.calibration import quantizer_label, set_quantizer
 from common.checksums import file_checksum
 from common.flags import parse_args
-from common.loading import describe_bits, load_model, load_tokenizer, resolve_configs
+from common.loading import describe_bits, load_model, load_tokenizer, resolve_configs, resolve_random
 from common.record import relative_path, run_record, write_json_atomic
 from common.script import plain_errors, setup_logging
 from models.errors import UserError
@@ -44,6 +45,9 @@ class GenerationArguments:
     prompt_file: str | None = option(None, "text file that is one prompt")
     train_file: str | None = option(None, "text to calibrate --quantizer rotated on, for a model without a rotation")
     bit_config: str = option("checkpoint", "JSON file, short form as W4A8KV8, uniform width as 8, or as saved")
+    random_precision: list[str] | None = option(
+        None, "two or more configs: each prompt is continued at one of them, drawn for it with --seed"
+    )
     kv_cache: str = option("quantized", "quantized: integer codes at the config's kv_bits; float: as computed")
     bf16: bool = option(False, "bfloat16 autocast")
     max_new_tokens: int = option(64, "tokens to generate, at most")
@@ -70,6 +74,8 @@ def check_args(args):
         raise UserError(f"--temperature {args.temperature}: must be positive; without --do_sample it is not used")
     if not 0 < args.top_p <= 1:
         raise UserError(f"--top_p {args.top_p}: a probability, above 0 and at most 1")
+    if args.random_precision and (args.stream or args.bit_config != "checkpoint"):
+        raise UserError("--random_precision says the bits of every prompt: no --bit_config and no --stream")
     if args.stream and (len(args.prompt or [""]) > 1 or args.num_beams > 1):
         raise UserError("--stream: one prompt and no --num_beams, whose words are not known until the end")
 
@@ -126,6 +132,24 @@ def generate(model, tokenizer, prompts, args):
     }
 
 
+def generate_at_random(model, tokenizer, prompts, args, configs):
+    """(texts, measurements, the config drawn for every prompt); prompts of one config are one batch of `generate`."""
+    draw = random.Random(args.seed)
+    drawn = [draw.choice(list(configs)) for _ in prompts]
+    texts, parts = {}, []
+    for name in sorted(set(drawn)):
+        with model.at_bits(configs[name]):
+            at = [index for index, other in enumerate(drawn) if other == name]
+            found, measured = generate(model, tokenizer, [prompts[index] for index in at], args)
+        texts |= dict(zip(at, found, strict=True))
+        parts.append(measured)
+    total = {key: sum(part[key] for part in parts) for key in ("new_tokens", "seconds", "cache_bytes")}
+    positions = sum(part["cache_bytes"] / part["cache_bytes_per_token"] for part in parts)
+    total["tokens_per_second"] = total["new_tokens"] / total["seconds"]
+    total["cache_bytes_per_token"] = total["cache_bytes"] / positions
+    return [texts[index] for index in range(len(prompts))], parts[0] | total, drawn
+
+
 def main():
     start = time.time()
     model_args, args = parse_args(CheckpointArguments, GenerationArguments)
@@ -134,6 +158,7 @@ def main():
     prompts = read_prompts(args)
     tokenizer = load_tokenizer(model_args)
     model = load_model(QuantGPT2LMHeadModel, model_args, tokenizer)
+    configs = resolve_random(model, args.random_precision)
     ((name, resolved),) = resolve_configs(model, [args.bit_config]).items()
     model.set_bit_config(resolved)
 
@@ -143,7 +168,12 @@ def main():
 
     quantizer = set_quantizer(model, model_args, args.seed, windows)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    texts, measured = generate(model, tokenizer, prompts, args)
+    drawn = None
+    if configs:
+        texts, measured, drawn = generate_at_random(model, tokenizer, prompts, args, configs)
+        name = f"random precision ({', '.join(drawn)})"
+    else:
+        texts, measured = generate(model, tokenizer, prompts, args)
     if not args.stream:
         print(*texts, sep="\n---\n", flush=True)
     per_token, full, half = (measured[f"{key}_bytes_per_token"] for key in ("cache", "float32", "float16"))
@@ -160,10 +190,11 @@ def main():
         model=relative_path(model_args.model_name_or_path),
         bit_config={
             "name": name,
-            **describe_bits(model, resolved),
+            **({} if configs else describe_bits(model, resolved)),
             **quantizer,
-            "layers": resolved,
+            "layers": configs or resolved,
         },
+        drawn_configs=drawn,
         metrics=measured,
         data={"prompt": prompt},
         seed=args.seed,

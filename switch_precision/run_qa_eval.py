@@ -35,8 +35,15 @@ from common.data import (
     set_qa_quantizer,
 )
 from common.flags import parse_args
-from common.loading import describe_bits, load_model, load_tokenizer, resolve_configs, trained_configs
-from common.noise import noise_floor
+from common.loading import (
+    describe_bits,
+    load_model,
+    load_tokenizer,
+    resolve_configs,
+    resolve_random,
+    trained_configs,
+)
+from common.noise import floor_cell, noise_floor
 from common.outliers import draw_outliers, outlier_lines
 from common.record import (
     plot_caption,
@@ -50,7 +57,7 @@ from common.record import (
 from common.resuming import run_lock
 from common.script import plain_errors, setup_logging
 from common.squad_v2 import PARTS
-from common.statistics import METRICS, compare, markdown_table, with_interval
+from common.statistics import METRICS, compare, markdown_table, spread_over_draws, with_interval
 from common.training_args import TrainingArguments
 from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
@@ -69,6 +76,9 @@ class EvalArguments(CheckpointArguments):
         aliases=["--eval_bit_widths", "--eval_bit_width", "--sp_config_path"],
     )
     reference_config: str | None = option(None, "config that the drops are against (default: the first)")
+    random_precision: list[str] | None = option(
+        None, "two or more configs: EM/F1 when each question is answered at one of them, drawn for it"
+    )
     num_bootstrap: int = option(1000, "resamples of the 95 % intervals over questions (0: no intervals)")
     noise_floor: bool = option(
         False,
@@ -204,9 +214,13 @@ class Evaluator:
         prediction = EvalPrediction(predictions=predictions, label_ids=self.references)
         return self.trainer.compute_metrics(prediction, per_example=True)["per_example"]
 
+    def scores_of(self, record):
+        """The same of a record, from its predictions where it was found."""
+        return record.get("scores") or self.scores(record["predictions"])
+
     def table(self, records, reference, num_bootstrap):
         """One row per config: size, cost, scores with intervals, drops against `reference` (a name), seconds."""
-        scores = {name: record.get("scores") or self.scores(record["predictions"]) for name, record in records.items()}
+        scores = {name: self.scores_of(record) for name, record in records.items()}
         statistics = compare(scores, reference, num_bootstrap, self.training_args.seed)
         unit = records[reference]["bit_config"]["bitops_per_token"]
         return [
@@ -238,11 +252,6 @@ def load_record(folder):
         return {**record, "predictions": json.load(file)}
 
 
-def _floor_cell(floor):
-    low, high = floor["exact_match"]
-    return f"{low:.2f} to {high:.2f}, {100 * floor['changed']:.1f} % of the answers"
-
-
 def table_lines(rows, reference, quantizer):
     """The table as markdown, with its caption. quantizer: of `set_quantizer`."""
     parts = [key for key in PARTS if key in rows[0]]  # of v2
@@ -262,7 +271,7 @@ def table_lines(rows, reference, quantizer):
             f"{row['mcnemar_p']:.2g}",
             f"{row['seconds']:.1f}",
             *(f"{row[key]:.2f}" for key in parts),
-            *([_floor_cell(floor)] if floor else []),
+            *([floor_cell(floor)] if floor else []),
         ]
         for row, floor in zip(rows, floors, strict=True)
     ]
@@ -286,6 +295,7 @@ def main():
     model = load_model(QuantGPT2ForQuestionAnswering, model_args, tokenizer)
     asked = model_args.bit_configs or trained_configs(model)
     first = model_args.reference_config or asked[0]
+    drawn = resolve_random(model, model_args.random_precision)
     configs = resolve_configs(model, [first, *asked])
     reference = next(iter(configs))
     _lock = run_lock(training_args.output_dir)
@@ -296,14 +306,20 @@ def main():
         outliers = outlier_ratios(input_rms(model, windows))
     overwrite = data_args.overwrite_output_dir
     evaluator = Evaluator(model, tokenizer, model_args, data_args, training_args, quantizer, overwrite)
-    model.keep_only_codes(configs.values())  # once the identity of the records has the checksum of the weights
+    model.keep_only_codes(
+        [*configs.values(), *drawn.values()]
+    )  # once the identity of the records has the checksum of the weights
     records = evaluator.evaluate_all(configs)
     rows = evaluator.table(records, reference, model_args.num_bootstrap)
     if model_args.noise_floor:
         for row in rows:
             row["noise_floor"] = evaluator.noise_floor(records[row["config"]])
+    found = {name: evaluator.scores_of(record) for name, record in evaluator.evaluate_all(drawn).items()}
+    random, random_line = spread_over_draws(found, training_args.seed) if drawn else (None, None)
     if evaluator.trainer.is_world_process_zero():
         lines = table_lines(rows, reference, quantizer)
+        if random:
+            lines += ["", random_line]
         folder = training_args.output_dir
         if outliers:
             title = "Outliers: largest input channel over the median one (root mean squares over training windows)"
@@ -324,6 +340,7 @@ def main():
             num_bootstrap=model_args.num_bootstrap,
             outliers=outliers,
             rows=rows,
+            random_precision=random and {"configs": list(drawn), **random},
         )
         write_json_atomic(data_args.record_file or os.path.join(folder, "record.json"), record)
 

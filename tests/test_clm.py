@@ -352,6 +352,21 @@ def test_generate_serves_the_rotation_of_the_checkpoint_or_calibrates(
     assert quantized["bit_config"]["checkpoint_quantizer"] == "minmax"
 
 
+def test_random_precision_continues_each_prompt_at_the_config_drawn_for_it(trained, tmp_path, monkeypatch, capsys):
+    prompts = ["Ada has", "What does Ben", "Cy has", "Dee has", "Eve"]
+    words = ["--model_name_or_path", trained[0], "--max_new_tokens", "12", "--prompt"]
+    _, record = run_generate(monkeypatch, capsys, tmp_path, *words, *prompts, "--random_precision", "8", "W4A2KV4")
+    drawn = record["drawn_configs"]
+    assert set(drawn) == {"W8A8KV8", "W4A2KV4"} == set(record["bit_config"]["layers"])
+    for config in set(drawn):
+        group = [prompt for prompt, other in zip(prompts, drawn, strict=True) if other == config]
+        alone = run_generate(monkeypatch, capsys, tmp_path, *words, *group, "--bit_config", config)[1]["texts"]
+        assert alone == [text for text, other in zip(record["texts"], drawn, strict=True) if other == config]
+    assert 0 < record["metrics"]["new_tokens"] <= 60
+    _, again = run_generate(monkeypatch, capsys, tmp_path, *words, *prompts, "--random_precision", "8", "W4A2KV4")
+    assert again["texts"] == record["texts"]
+
+
 def test_sampling_follows_the_seed(trained, tmp_path, monkeypatch, capsys):
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("What does")
@@ -376,6 +391,8 @@ def test_sampling_follows_the_seed(trained, tmp_path, monkeypatch, capsys):
         (["--prompt", "a", "--top_p", "0"], "a probability"),
         (["--prompt", "a", "b", "--stream"], "--stream: one prompt"),
         (["--prompt", "a", "--stream", "--num_beams", "2"], "--stream: one prompt"),
+        (["--prompt", "a", "--random_precision", "8"], "one precision is no choice"),
+        (["--prompt", "a", "--random_precision", "8", "4", "--stream"], "no --bit_config and no --stream"),
         (["--prompt", "a", "--bit_config", "9"], "9 is not a bit-width"),
         (["--prompt", "a", "--bit_config", "5"], "the LoRA bank has only"),
         (["--prompt", "a", "--quantizer", "rotated"], "calibrated on the training text: pass --train_file"),

@@ -158,6 +158,34 @@ def test_table_equals_single_evaluations_with_one_load_and_one_tokenization(run,
     assert record["metrics"]["eval_f1"] == metrics["eval_f1"] and record["data"]["validation"]["examples"] == 14
 
 
+def test_random_precision_answers_every_question_at_a_config_drawn_for_it(run, count, capsys):
+    predictions = count(run_qa_eval.QuestionAnsweringTrainer, "predict_texts")
+    flags = ("--bit_configs", "8", "--random_precision", "8", "W4A2KV2")
+    record = read(run(run_qa_eval, *flags) / "record.json")
+    found, low = record["random_precision"], rows_of(run(run_qa_eval, "--bit_configs", "W4A2KV2"))["W4A2KV2"]
+    assert len(predictions) == 2, "each config once"
+    for key in ("exact_match", "f1"):
+        high, spread = record["rows"][0][key], found[key]
+        assert spread["expected"] == pytest.approx((high + low[key]) / 2)
+        assert spread["min"] <= spread["expected"] <= spread["max"]
+    assert found["configs"] == ["W8A8KV8", "W4A2KV2"] and "drawn for it: EM" in capsys.readouterr().out
+    assert read(run(run_qa_eval, *flags) / "record.json")["random_precision"] == found, (
+        "the same seed, the same spread"
+    )
+    with pytest.raises(ValueError, match="--random_precision 8 W8A8KV8: one precision is no choice"):
+        run(run_qa_eval, "--random_precision", "8", "W8A8KV8")
+
+
+def test_spread_over_draws_is_that_of_a_binomial():
+    """100 questions that one config gets right and the other wrong: sd of the mean 5 points, by hand."""
+    spread, line = eval_stats.spread_over_draws({"a": [(1, 1)] * 100, "b": [(0, 0.5)] * 100}, seed=0)
+    assert spread["exact_match"]["expected"] == 50 and spread["f1"]["expected"] == 75
+    assert spread["exact_match"]["std"] == pytest.approx(5, abs=0.5) and spread["f1"]["std"] == pytest.approx(
+        2.5, abs=0.3
+    )
+    assert line.startswith("Each question at one of a, b, drawn for it: EM 50.00 (")
+
+
 def test_published_command_and_default_configs(run, capsys):
     published = "--dataset_name squad --do_eval --per_device_eval_batch_size 32 --seed 42 --max_seq_length 786"
     out = run(run_qa_eval, *published.split(), "--overwrite_output_dir")

@@ -118,6 +118,14 @@ def resolve_configs(model, texts):
     return name_configs(resolved)
 
 
+def resolve_random(model, texts):
+    """{name: resolved config} of --random_precision, {} without it. Raises UserError: a set without a choice."""
+    configs = resolve_configs(model, texts) if texts else {}
+    if len(configs) == 1:
+        raise UserError(f"--random_precision {' '.join(texts)}: one precision is no choice: pass two or more")
+    return configs
+
+
 def fault_lines(text, error):
     """The first faults of a config, a line each, and how many more there are."""
     lines = str(error).splitlines()

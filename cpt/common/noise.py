@@ -53,3 +53,9 @@ def noise_floor(model, answer, score, texts, seed):
         changed.append(sum(other[key] != text for key, text in texts.items()) / len(texts))
     scores = [score(texts), *found.values()]
     return {"exact_match": [min(scores), max(scores)], "changed": max(changed), "variants": found}
+
+
+def floor_cell(floor):
+    """Text of a table's cell, of what `noise_floor` found."""
+    low, high = floor["exact_match"]
+    return f"{low:.2f} to {high:.2f}, {100 * floor['changed']:.1f} % of the answers"
