@@ -122,7 +122,7 @@ def main():
     parser.add_argument("--train_file", required=True, help="SQuAD's training file")
     parser.add_argument("--validation_file", required=True, help="SQuAD's dev file")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="models (default: all)")
-    parser.add_argument("--quantizer", choices=("minmax", "rotated"), default="rotated")
+    parser.add_argument("--quantizer", choices=("minmax", "rotated"), default="rotated", help="of the training")
     parser.add_argument("--max_seq_length", type=int, default=384, help="tokens of a window")
     parser.add_argument("--memory_gib", type=int, default=24, help="what a stage may take of the host's memory")
     parser.add_argument("--use_cpu", action="store_true", help="train on the CPU where there is a GPU")
