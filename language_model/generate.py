@@ -10,6 +10,7 @@ takes in the cache beside those of a float cache. Several prompts make one batch
 """
 
 import dataclasses
+import functools
 import logging
 import os
 import random
@@ -162,9 +163,8 @@ def main():
     ((name, resolved),) = resolve_configs(model, [args.bit_config]).items()
     model.set_bit_config(resolved)
 
-    def windows():
-        samples = model.config.n_positions, model_args.calibration_samples, args.seed
-        return calibration_blocks(args.train_file, tokenizer, *samples)
+    samples = model.config.n_positions, model_args.calibration_samples, args.seed
+    windows = functools.partial(calibration_blocks, args.train_file, tokenizer, *samples)
 
     quantizer = set_quantizer(model, model_args, args.seed, windows)
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,6 +11,7 @@ quantized where --bit_config says so. A killed run goes on when the same command
 """
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -244,9 +245,8 @@ def main():
         refuse("max_length", max_length, f"at most {positions}, the model's positions")
     items = texts_to_make(args, len(tokenizer), max_length)
 
-    def windows():
-        samples = positions, model_args.calibration_samples, args.seed
-        return calibration_blocks(args.train_file, tokenizer, *samples)
+    samples = positions, model_args.calibration_samples, args.seed
+    windows = functools.partial(calibration_blocks, args.train_file, tokenizer, *samples)
 
     quantizer = set_quantizer(model, model_args, args.seed, windows)
     model.to(PartialState().device)

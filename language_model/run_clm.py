@@ -263,9 +263,8 @@ def main():
     teacher = find_teacher(model, model_args, tokenizer, block_size) if training_args.do_train else None
     texts, sources = load_texts(text_args, training_args, tokenizer, block_size)
 
-    def windows():
-        samples = model_args.calibration_samples, training_args.seed
-        return calibration_blocks(text_args.train_file, tokenizer, block_size, *samples)
+    samples = block_size, model_args.calibration_samples, training_args.seed
+    windows = functools.partial(calibration_blocks, text_args.train_file, tokenizer, *samples)
 
     quantizer = set_quantizer(model, model_args, training_args.seed, windows, folder.weights_folder)
     bits = describe_model(model) | quantizer
