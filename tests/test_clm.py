@@ -285,7 +285,7 @@ def test_rotated_training_is_labelled_and_resumes_with_its_rotation(
     shutil.copytree(folder, again)
     shutil.rmtree(again / "checkpoint-4")
     (again / "model.safetensors").unlink()
-    monkeypatch.setattr(run_clm, "calibration_blocks", None)  # the checkpoint has a rotation
+    monkeypatch.setattr(run_clm, "calibration_blocks", pytest.fail)  # the checkpoint has a rotation
     words = ["--model_name_or_path", tiny_model, "--train_file", text_files[0], "--do_train", "--output_dir", again]
     call(monkeypatch, run_clm, *words, "--bit_widths", "4", *TRAIN, *ROTATED)
     first, second = (QuantGPT2LMHeadModel.from_pretrained(str(place)) for place in (folder, again))
