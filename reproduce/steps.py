@@ -63,6 +63,8 @@ ARMS = {  # of adversarial training: none, at one width, at random ones
     "8bit": "--precision_set 8",
     "rpt": "--precision_set 4 5 6 7 8",
 }
+DISTRACTORS = {"": "", "_control": "--control"}
+DISTRACTED = "8 W4A8KV8 4 --random_precision 8 W4A8KV8 4"
 SQUAD_VALIDATION = '--dataset_name squad ${VALIDATION_FILE:+--validation_file "$VALIDATION_FILE"}'
 
 STEPS = {
@@ -135,6 +137,18 @@ STEPS = {
     "--record_file {record}",
     "attack_rpi": f"python3 adv_attack/random_precision_inference.py --model_name_or_path {{topic_lora}} {ATTACKED} "
     f"--precision_set 4 8 --bitsandbytes 8bit nf4 --output_dir {{own}} {END}",
+    # adv_attack: a distractor at the end of every context of the questions, or a sentence about something else
+    **{
+        f"distract{name}": "python3 adv_attack/distractors.py --input {validation_file} --output {own}/dev.json "
+        f"{flag} {END}"
+        for name, flag in DISTRACTORS.items()
+    },
+    **{
+        f"distract{name}_eval": served("switch_train", DISTRACTED).replace(
+            "{validation_file}", f"{{distract{name}}}/dev.json"
+        )
+        for name in DISTRACTORS
+    },
     # language_model: LLM-QAT beside post-training quantization and the adapters
     "lm_generate": "python3 language_model/generate_data.py --model_name_or_path {model} --output_dir {own} "
     f"{{+generate}} {END}",
