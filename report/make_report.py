@@ -145,6 +145,7 @@ def describe(scale, bench, folder):
         "searches": searches,
         "widths": widths,
         "range_test": range_test,
+        "distractors": tables.distractor_table(scale),
         "attack": tables.attack_table(first_record(scale, "attack_rpi"), scale["title"]),
         "findings": findings(scale),
     }

@@ -234,6 +234,27 @@ def attack_table(record, where):
     return found | {"where": where, "n": n, "means": means, "draws": record["repetitions"]}
 
 
+DISTRACTED = {"plain": "switch_eval", "control": "distract_control_eval", "distractor": "distract_eval"}
+
+
+def distractor_table(scale):
+    """EM of the joint model by config: as asked, with a sentence about something else, with a distractor."""
+    records = {name: first_record(scale, step) for name, step in DISTRACTED.items()}
+    if not (attacked := records["distractor"]):
+        return None
+    rows = []
+    for name in [row["config"] for row in attacked["rows"]]:
+        found = [record and scores(record, name) for record in records.values()]
+        rows.append([name, *(em([score]) if score else "-" for score in found)])
+    random, cells = attacked["random_precision"], []
+    for record in records.values():
+        drawn = (record or {}).get("random_precision")
+        spread = drawn and drawn["exact_match"]
+        cells.append("{expected:.1f} ({min:.1f} – {max:.1f})".format(**spread) if spread else "-")
+    rows.append([f"drawn of {', '.join(random['configs'])}", *cells])
+    return table(["served as", "EM as asked", "with a sentence about something else", "with a distractor"], rows)
+
+
 def benchmark(record, rotated):
     """Table and {config: ms} of a forward at the first shape, what the rotation costs. The records may be None."""
     found = {"table": None, "shape": "", "model": "", "device": "", "rotated": None, "calibration": None, "times": {}}

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "report"), str(ROOT / "quickstart")]
 from make_report import PUBLISHED, read, read_records  # noqa: E402
 from report import markdown, write_into  # noqa: E402
-from tables import UNPUBLISHED, ours_of, scores  # noqa: E402
+from tables import UNPUBLISHED, distractor_table, ours_of, scores  # noqa: E402
 
 OTHERS = "lihe07/llm_qat_test"
 OVERVIEW = {  # of README.md: row -> (source and setting in published.json, step, config)
@@ -103,7 +103,10 @@ def main():
     args = parser.parse_args()
     small = {"small GPT-2 made here": args.small, "another, with outlier channels": args.small_outliers}
     text = table({"GPT-2 124M, ours": args.gpt2} | small)
-    write_into(args.pages, {"published": text, "overview": overview(small)})
+    scale = {"records": read_records(args.small) if any(args.small.glob("*.json")) else {}}
+    distracted = distractor_table(scale) or {"header": ["not measured"], "rows": []}
+    pages = {"published": text, "overview": overview(small)}
+    write_into(args.pages, pages | {"distractor": markdown(distracted["header"], distracted["rows"])})
     print(text)
 
 
