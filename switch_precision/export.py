@@ -147,7 +147,7 @@ def answers(model, tokenizer, args, data_args, configs, quantizer):
     """({config: {id: text}}, {config: metrics}, source of the data) of a model. quantizer: of `set_quantizer`."""
     with tempfile.TemporaryDirectory() as scratch:
         batch = {"per_device_eval_batch_size": args.per_device_eval_batch_size}
-        training_args = TrainingArguments(scratch, report_to="none", disable_tqdm=True, **batch)
+        training_args = TrainingArguments(scratch, report_to="none", **batch)
         evaluator = Evaluator(model, tokenizer, args, data_args, training_args, quantizer, overwrite=True)
         records = {name: evaluator.evaluate(name, resolved) for name, resolved in configs.items()}
     texts = {name: record["predictions"] for name, record in records.items()}
