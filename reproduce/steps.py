@@ -98,6 +98,13 @@ STEPS = {
         f"separator_{name}": train("base_model", "--add_lora", f"--question_separator '{text}'", "{+separator}")
         for name, text in {"none": "", "newline": "\\n", "space": " "}.items()
     },
+    # SQuAD v2, of a made file: questions of v1.1, and the same of paragraphs that do not answer them
+    "lora_v2": " && ".join(
+        f"python3 reproduce/make_squad_v2.py --input {{{source}}} --output {{own}}_{name}.json"
+        for name, source in {"train": "train_file", "dev": "validation_file"}.items()
+    )
+    + " && TRAIN_FILE={own}_train.json VALIDATION_FILE={own}_dev.json OUTPUT_DIR={own} MODEL={model} "
+    f"bash base_model/train.sh {{+training}} --add_lora --version_2_with_negative {{+v2}} {{+common}} {END}",
     # a base of 4-bit weights alone, activations and K/V in float: NF4 (QLoRA) and ours, at the steps of lora_fp32
     "qlora_nf4": train("base_model", "--add_lora", "--base_quantization nf4"),
     **{
