@@ -242,17 +242,22 @@ def distractor_table(scale):
     records = {name: first_record(scale, step) for name, step in DISTRACTED.items()}
     if not (attacked := records["distractor"]):
         return None
+    paired = first_record(scale, "distract_paired")
+    pairs = {(row["config"], row["first"], row["second"]): row for row in paired["rows"]} if paired else {}
     rows = []
     for name in [row["config"] for row in attacked["rows"]]:
         found = [record and scores(record, name) for record in records.values()]
-        rows.append([name, *(em([score]) if score else "-" for score in found)])
+        row = pairs.get((name, "control", "distractor"))
+        lost = shown([row["exact_match_drop"], *row["exact_match_drop_interval"]]) if row else "-"
+        rows.append([name, *(em([score]) if score else "-" for score in found), lost])
     random, cells = attacked["random_precision"], []
     for record in records.values():
         drawn = (record or {}).get("random_precision")
         spread = drawn and drawn["exact_match"]
         cells.append("{expected:.1f} ({min:.1f} – {max:.1f})".format(**spread) if spread else "-")
-    rows.append([f"drawn of {', '.join(random['configs'])}", *cells])
-    return table(["served as", "EM as asked", "with a sentence about something else", "with a distractor"], rows)
+    rows.append([f"drawn of {', '.join(random['configs'])}", *cells, ""])
+    header = ["served as", "EM as asked", "with a sentence about something else", "with a distractor"]
+    return table([*header, "the distractor costs more, paired"], rows)
 
 
 def benchmark(record, rotated):
