@@ -156,8 +156,8 @@ STEPS = {
         )
         for name in DISTRACTORS
     },
-    "distract_paired": "python3 adv_attack/paired.py --evaluations plain={switch_eval} control={distract_control_eval} "
-    f"distractor={{distract_eval}} --validation_file {{validation_file}} {END}",
+    "distract_paired": "python3 adv_attack/paired.py --evaluations plain={switch_eval} "
+    f"control={{distract_control_eval}} distractor={{distract_eval}} --validation_file {{validation_file}} {END}",
     # language_model: LLM-QAT beside post-training quantization and the adapters
     "lm_generate": "python3 language_model/generate_data.py --model_name_or_path {model} --output_dir {own} "
     f"{{+generate}} {END}",
