@@ -55,9 +55,12 @@ class Parsed(Exception):
 
 @functools.cache
 def load_script(path):
-    """The module of a script of any folder; what it adds to sys.path and takes from there is gone afterwards."""
+    """The module of a script of any folder; what it adds to sys.path and takes from there is gone afterwards, and
+    transformers opens our checkpoints as before: its copy of the config may have come without the models."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     folder, _, name = path.rpartition("/")
-    before, places = dict(sys.modules), list(sys.path)
+    before, places, registered = dict(sys.modules), list(sys.path), dict(CONFIG_MAPPING._extra_content)
     with experiment(folder):
         script = importlib.import_module(name.removesuffix(".py"))
     for name in sys.modules.keys() - before:
@@ -65,6 +68,7 @@ def load_script(path):
         if file.startswith(f"{ROOT}{os.sep}") and "site-packages" not in file:
             del sys.modules[name]
     sys.path[:] = places
+    CONFIG_MAPPING._extra_content.update(registered)
     return script
 
 

@@ -27,6 +27,7 @@ def main(monkeypatch, squad_files, tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_one_size_goes_through_training_export_and_evaluation(main, tiny_model, tmp_path, capsys):
     record = main("--tokenizer", tiny_model, "--sizes", "distilgpt2", "--work", tmp_path, "--use_cpu")
     found = record["sizes"]["distilgpt2"]
