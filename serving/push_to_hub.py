@@ -34,6 +34,11 @@ from models.user_input import read_json  # noqa: E402
 MARK = "<!-- written by serving/push_to_hub.py -->"
 FILES = ("config.json", "model.safetensors", "README.md", "export.json", "record.json", "generation_config.json")
 FILES += ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+OPENED_BY = {  # by the class in config.json
+    "QuantGPT2ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "QuantGPT2LMHeadModel": "AutoModelForCausalLM",
+    "QuantGPT2ForSequenceClassification": "AutoModelForSequenceClassification",
+}
 MEASURES = {"exact_match": "EM", "f1": "F1", "perplexity": "perplexity"}
 
 
@@ -67,8 +72,10 @@ def check_args(args):
     _, config, ours, _ = read_config(args.folder, {})
     if not ours:
         raise UserError(f"--folder {args.folder}: no checkpoint of this repository")
+    if (kind := (config.get("architectures") or [None])[0]) not in OPENED_BY:
+        raise UserError(f"{args.folder}/config.json: architectures: {kind}: allowed are {', '.join(OPENED_BY)}")
     base = config.get("base_model_name_or_path")
-    if base and os.path.isdir(base) and not config.get("exported_widths"):
+    if base and (os.path.isabs(base) or os.path.isdir(base)) and not config.get("exported_widths"):
         raise UserError(
             f"--folder {args.folder}: its base is the local folder {base}: upload what export.py makes of it"
         )
@@ -151,6 +158,7 @@ def card(args, config, records):
         ]
         or None,
     )
+    opener = OPENED_BY[config["architectures"][0]]
     lines = [
         "---",
         facts.to_yaml(),
@@ -192,9 +200,9 @@ def card(args, config, records):
         "",
         "```python",
         "import models.modeling_gpt2_quant  # registers the class with AutoModel; no remote code",
-        "from transformers import AutoModelForQuestionAnswering",
+        f"from transformers import {opener}",
         "",
-        f'model = AutoModelForQuestionAnswering.from_pretrained("{args.repo_id}")',
+        f'model = {opener}.from_pretrained("{args.repo_id}")',
         "```",
         "",
     ]

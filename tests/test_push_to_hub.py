@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from conftest import load_script
 from models.exported import save_exported, served_widths
-from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering
+from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering, QuantGPT2LMHeadModel
 
 ROW = {"config": "W8A8KV8", "exact_match": 61.25, "f1": 70.5}
 RECORD = {
@@ -173,3 +173,16 @@ def test_models_that_would_not_open_elsewhere_are_refused(tiny_model, push, tmp_
     model.save_pretrained(tmp_path)
     assert f"its base is the local folder {tiny_model}" in push(tmp_path, "--card_only", "true")[0]
     assert not (tmp_path / "README.md").exists()
+    config = json.loads((tmp_path / "config.json").read_text())
+    for changed, message in (
+        ({"base_model_name_or_path": "/gone/base"}, "its base is the local folder /gone/base"),
+        ({"architectures": ["Other"]}, "architectures: Other: allowed are QuantGPT2ForQuestionAnswering"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | changed))
+        assert message in push(tmp_path, "--card_only", "true")[0]
+
+
+def test_the_card_of_a_language_model_opens_one(tiny_model, push, tmp_path):
+    QuantGPT2LMHeadModel.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    assert push(tmp_path, "--card_only", "true")[0] is None
+    assert 'AutoModelForCausalLM.from_pretrained("me/tiny")' in (tmp_path / "README.md").read_text()
