@@ -163,7 +163,7 @@ class Steps:
 
     def __init__(self, steps, folder, work, jobs, committed, environment):
         self.folder, self.jobs, self.committed, self.environment = folder, jobs, committed, environment
-        self.total, self.seconds, self.status = len(steps), [], 0
+        self.seconds, self.status = [], 0
         self.places = {name: f"reproduce: [{index}/{len(steps)}] {name}" for index, (name, _) in enumerate(steps, 1)}
         paths = re.compile(rf"{re.escape(work)}/(?:runs|records)/(\w+)")
         self.needs = {name: set(paths.findall(command)) - {name} for name, command in steps}
