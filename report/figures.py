@@ -1,4 +1,8 @@
-"""Figures of the report, as SVG with the same bytes for the same records."""
+"""Figures of the report, as SVG with the same bytes for the same records.
+
+Every figure is a function of (scales, path): one panel or row a scale, of those that have its records. It returns the
+scales that it shows.
+"""
 
 import matplotlib
 import matplotlib.ticker
@@ -32,10 +36,30 @@ SERIES = {
 
 
 def save(figure, path):
-    """Every figure is a function of (scale, path) that returns whether there was anything to draw."""
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
-    return True
+
+
+def having(scales, *steps):
+    """The scales with a record of one of the steps."""
+    return [scale for scale in scales if any(first_record(scale, step) for step in steps)]
+
+
+def panels(scales, rows, height):
+    """(figure, [axes]), one a scale: below each other (rows) or side by side, named where there are several."""
+    shape = (len(scales), 1) if rows else (1, len(scales))
+    figure, grid = plt.subplots(*shape, figsize=(WIDTH, height), squeeze=False, layout="constrained")
+    for axes, scale in zip(grid.flat, scales):
+        axes.set_title(scale["title"] if len(scales) > 1 else "", loc="left")
+    return figure, list(grid.flat)
+
+
+def legend(figure, ncols):
+    """One legend below, every series once."""
+    found = {}
+    for axes in figure.axes:
+        found |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(found.values(), found, loc="outside lower center", ncols=ncols)
 
 
 def points(scale, steps):
@@ -64,130 +88,155 @@ def draw(axes, x, found, colour, marker, label, connect=False, bars=True):
         axes.plot(place, score["exact_match"], marker, label=None if first else label, **style)
 
 
-def accuracy(scale, path):
+def accuracy(scales, path):
     """EM against average bits and, where a benchmark gives the time, against milliseconds."""
-    times = scale["times"]
-    series = {name: (*style, points(scale, steps)) for name, (*style, steps) in SERIES.items()}
-    series = {name: values for name, values in series.items() if values[2]}
-    if not series:
-        return False
-    widths = (3, 2) if times else (1,)
-    layout = {"sharey": True, "squeeze": False, "width_ratios": widths, "layout": "constrained"}
-    figure, ((bits, *more),) = plt.subplots(1, len(widths), figsize=(WIDTH, 3.5), **layout)
-    for number, (name, (colour, marker, found)) in enumerate(series.items()):
-        shift = number - len(series) / 2  # sideways, so that points of one width do not hide each other
-        draw(bits, [min(score["average_w_bits"], 10) + 0.09 * shift for score in found], found, colour, marker, name)
-        timed = [score for score in found if score["config"] in times]
+    rows = {}
+    for scale in scales:
+        series = {name: (*style, points(scale, steps)) for name, (*style, steps) in SERIES.items()}
+        if series := {name: values for name, values in series.items() if values[2]}:
+            rows[scale["key"]] = scale, series
+    if not rows:
+        return []
+    widths = (3, 2) if scales[0]["times"] else (1,)
+    layout = {"sharey": "row", "squeeze": False, "width_ratios": widths, "layout": "constrained"}
+    size = (WIDTH, 0.9 + 2.0 * len(rows))
+    figure, grid = plt.subplots(len(rows), len(widths), figsize=size, **layout)
+    for (bits, *more), (scale, series) in zip(grid, rows.values()):
+        times = scale["times"]
+        for number, (name, (colour, marker, found)) in enumerate(series.items()):
+            shift = number - len(series) / 2  # sideways, so that points of one width do not hide each other
+            x = [min(score["average_w_bits"], 10) + 0.09 * shift for score in found]
+            draw(bits, x, found, colour, marker, name)
+            timed = [score for score in found if score["config"] in times]
+            for axes in more:
+                draw(axes, [times[score["config"]] * 1.07**shift for score in timed], timed, colour, marker, None)
+        bits.set(ylabel="EM, 95 % intervals")
+        bits.set_title(scale["title"] if len(rows) > 1 else "", loc="left")
+        bits.set_xticks([4, 5, 6, 7, 8, 10], ["4", "5", "6", "7", "8", "32"])
         for axes in more:
-            draw(axes, [times[score["config"]] * 1.07**shift for score in timed], timed, colour, marker, None)
-    bits.set(xlabel="average bits of the weights (hollow: activations at 8 bits)", ylabel="EM, 95 % intervals")
-    bits.set_xticks([4, 5, 6, 7, 8, 10], ["4", "5", "6", "7", "8", "32"])
-    for axes in more:
-        axes.set(xlabel="ms a forward (see caption)", xscale="log")
-        axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:.0f}")
-        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    figure.legend(loc="outside lower center", ncols=3)
-    return save(figure, path)
+            axes.set(xscale="log")
+            axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:.0f}")
+            axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    for axes, label in zip(grid[-1], ("average bits of the weights (hollow: activations at 8 bits)", "ms a forward")):
+        axes.set_xlabel(label)
+    legend(figure, 3)
+    save(figure, path)
+    return [scale for scale, _ in rows.values()]
 
 
-def heat_map(scale, path):
+def heat_map(scales, path):
     """KL and loss of EM where one linear alone falls to the low bits, block by linear."""
-    if not (record := first_record(scale, "sensitivity")):
-        return False
-    flips = [flip for flip in low_flips(record) if flip["kind"] == "layer"]
-    blocks = 1 + max(int(flip["layers"][0].split(".")[2]) for flip in flips)
+    if not (scales := having(scales, "sensitivity")):
+        return []
+    found = [low_flips(first_record(scale, "sensitivity")) for scale in scales]
+    found = [[flip for flip in flips if flip["kind"] == "layer"] for flips in found]
+    blocks = [1 + max(int(flip["layers"][0].split(".")[2]) for flip in flips) for flips in found]
     measures = {
         "kl": ("KL divergence of the answers x 1000", "{:.1f}", 1000),
         "exact_match_drop": ("loss of EM, points", "{:z.1f}", 1),
     }
-    figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 0.9 + 0.2 * blocks), layout="constrained")
-    for axes, (measure, (title, form, unit)) in zip(panels, measures.items()):
-        cells = [[float("nan")] * len(KINDS) for _ in range(blocks)]
-        for flip in flips:
-            _, _, block, kind = flip["layers"][0].split(".", 3)
-            cells[int(block)][KINDS.index(kind)] = unit * flip[measure]
-        top = max(abs(value) for row in cells for value in row) or 1
-        signed = measure == "exact_match_drop"
-        axes.imshow(cells, cmap="RdBu_r" if signed else "Reds", vmin=-top if signed else 0, vmax=top, aspect="auto")
-        for block, row in enumerate(cells):
-            for column, value in enumerate(row):
-                colour = "white" if abs(value) > 0.65 * top else "black"
-                axes.text(column, block, form.format(value), ha="center", va="center", color=colour, fontsize=7)
-        axes.set_xticks(range(len(KINDS)), KINDS)
-        axes.set_yticks(range(blocks))
-        axes.tick_params(length=0)
-        axes.set(title=title, ylabel="block")
-    return save(figure, path)
+    size = (WIDTH, sum(0.45 + 0.16 * number for number in blocks))
+    figure, grid = plt.subplots(len(scales), 2, figsize=size, squeeze=False, layout="constrained")
+    for row, scale, flips, number in zip(grid, scales, found, blocks):
+        for axes, (measure, (title, form, unit)) in zip(row, measures.items()):
+            cells = [[float("nan")] * len(KINDS) for _ in range(number)]
+            for flip in flips:
+                _, _, block, kind = flip["layers"][0].split(".", 3)
+                cells[int(block)][KINDS.index(kind)] = unit * flip[measure]
+            top = max(abs(value) for line in cells for value in line) or 1
+            signed = measure == "exact_match_drop"
+            colours = {"cmap": "RdBu_r" if signed else "Reds", "vmin": -top if signed else 0, "vmax": top}
+            axes.imshow(cells, aspect="auto", **colours)
+            for block, line in enumerate(cells):
+                for column, value in enumerate(line):
+                    colour = "white" if abs(value) > 0.65 * top else "black"
+                    axes.text(column, block, form.format(value), ha="center", va="center", color=colour, fontsize=6.5)
+            axes.set_xticks(range(len(KINDS)), KINDS)
+            axes.set_yticks(range(number))
+            axes.tick_params(length=0)
+            axes.set(title=f"{scale['title']}: {title}" if len(scales) > 1 else title, ylabel="block")
+    save(figure, path)
+    return scales
 
 
-def pareto(scale, path):
+def pareto(scales, path):
     """EM of the search's assignments against their average bits."""
-    if not (record := first_record(scale, "search")):
-        return False
+    if not (scales := having(scales, "search")):
+        return []
     groups = {"found": (GREEN, "o"), "random": (GREY, "x"), "first_last": (ORANGE, "s"), "hybrid": (RED, "P")}
-    figure, axes = plt.subplots(figsize=(WIDTH, 2.7), layout="constrained")
-    n = record["data"]["validation"]["examples"]
-    kinds = {
-        row["config"]: next((name for name in groups if row["config"].startswith(name)), "uniform")
-        for row in record["rows"]
-    }
-    for number, (kind, (colour, marker)) in enumerate((groups | {"uniform": (BLUE, "D")}).items()):
-        rows = [scores(record, row["config"]) for row in record["rows"] if kinds[row["config"]] == kind]
-        rows = [row for row in rows if row]
-        shift = 0.04 * (number - 2)
-        label = {"first_last": "first and last blocks high", "hybrid": "published hybrid, by depth"}.get(kind, kind)
-        x = [row["average_w_bits"] + shift for row in rows]
-        draw(axes, x, rows, colour, marker, label, bars=kind != "random")
-    axes.set(xlabel="average bits of the weights", ylabel=f"EM on {n} questions, 95 %")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    return save(figure, path)
+    labels = {"first_last": "first and last blocks high", "hybrid": "published hybrid, by depth"}
+    figure, all_axes = panels(scales, False, 2.4)
+    for axes, scale in zip(all_axes, scales):
+        record = first_record(scale, "search")
+        kinds = {
+            row["config"]: next((name for name in groups if row["config"].startswith(name)), "uniform")
+            for row in record["rows"]
+        }
+        for number, (kind, (colour, marker)) in enumerate((groups | {"uniform": (BLUE, "D")}).items()):
+            rows = [scores(record, row["config"]) for row in record["rows"] if kinds[row["config"]] == kind]
+            rows = [row for row in rows if row]
+            x = [row["average_w_bits"] + 0.04 * (number - 2) for row in rows]
+            draw(axes, x, rows, colour, marker, labels.get(kind, kind), bars=kind != "random")
+        axes.set(xlabel="average bits of the weights")
+    all_axes[0].set_ylabel("EM, 95 %")
+    legend(figure, 5)
+    save(figure, path)
+    return scales
 
 
-def cyclic(scale, path):
+def cyclic(scales, path):
     """EM of one cyclically trained adapter by width, beside trainings at one width and quantization afterwards."""
-    if not (first_record(scale, "cpt_eval") or first_record(scale, "cpt_minmax_eval")):
-        return False
+    if not (scales := having(scales, "cpt_eval", "cpt_minmax_eval")):
+        return []
     lines = {
         "CPT, rotated": (GREEN, "o", [("cpt_eval", "*")]),
         "CPT, MinMax": ("#8c5ca8", "o", [("cpt_minmax_eval", "*")]),
         **{name: SERIES[name] for name in SERIES if name.startswith(("trained at", "post-training"))},
     }
-    figure, axes = plt.subplots(figsize=(WIDTH, 2.8), layout="constrained")
-    for number, (name, (colour, marker, steps)) in enumerate(lines.items()):
-        found = [score for score in points(scale, steps) if not score["config"].startswith("W4A8")]
-        if found:
-            x = [score["average_w_bits"] + 0.05 * (number - 2.5) for score in found]
-            draw(axes, x, found, colour, marker, name, connect=name.startswith("CPT"))
-    axes.set(xlabel="bits of W, A and K/V", ylabel="EM, 95 % intervals")
-    axes.set_xticks([4, 5, 6, 7, 8])
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    return save(figure, path)
+    figure, all_axes = panels(scales, False, 2.6)
+    for axes, scale in zip(all_axes, scales):
+        for number, (name, (colour, marker, steps)) in enumerate(lines.items()):
+            found = [score for score in points(scale, steps) if not score["config"].startswith("W4A8")]
+            if found:
+                x = [score["average_w_bits"] + 0.05 * (number - 2.5) for score in found]
+                draw(axes, x, found, colour, marker, name, connect=name.startswith("CPT"))
+        axes.set(xlabel="bits of W, A and K/V")
+        axes.set_xticks([4, 5, 6, 7, 8])
+    all_axes[0].set_ylabel("EM, 95 % intervals")
+    legend(figure, 3)
+    save(figure, path)
+    return scales
 
 
-def outliers(scale, path):
+def outliers(scales, path):
     """Largest channel of a token over its root mean square, linear by linear, in four bases."""
-    if not (record := first_record(scale, "outlier_channels")):
-        return False
-    rows = record["largest_over_rms"]
+    if not (scales := having(scales, "outlier_channels")):
+        return []
     styles = {"plain": (RED, "v"), "balanced": (ORANGE, "s"), "rotated": (LIGHT, "^"), "both": (BLUE, "o")}
-    names = [name for kind in KINDS for name in rows if name.endswith(kind)]
-    figure, axes = plt.subplots(figsize=(WIDTH, 2.6), layout="constrained")
-    for base, (colour, marker) in styles.items():
-        axes.plot([rows[name][base] for name in names], marker, color=colour, label=base)
-    each = len(names) // len(KINDS)
-    for kind in range(1, len(KINDS)):
-        axes.axvline(kind * each - 0.5, color="#cccccc", linewidth=0.8)
-    blocks = [name.split(".")[2] for name in names]
-    axes.set_xticks(range(len(names)), [block if each <= 6 or int(block) % 3 == 0 else "" for block in blocks])
-    for number, kind in enumerate(KINDS):
-        axes.text((number + 0.5) * each - 0.5, 1.02, kind, transform=axes.get_xaxis_transform(), ha="center")
-    axes.set(xlabel="block, by kind of linear", ylabel="largest / rms of a token", yscale="log")
-    axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
-    axes.yaxis.set_major_formatter("{x:.0f}")
-    axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    return save(figure, path)
+    figure, all_axes = panels(scales, True, 0.5 + 1.6 * len(scales))
+    for axes, scale in zip(all_axes, scales):
+        rows = first_record(scale, "outlier_channels")["largest_over_rms"]
+        names = [name for kind in KINDS for name in rows if name.endswith(kind)]
+        for base, (colour, marker) in styles.items():
+            axes.plot([rows[name][base] for name in names], marker, color=colour, label=base)
+        each = len(names) // len(KINDS)
+        for kind in range(1, len(KINDS)):
+            axes.axvline(kind * each - 0.5, color="#cccccc", linewidth=0.8)
+        blocks = [name.split(".")[2] for name in names]
+        axes.set_xticks(range(len(names)), [block if each <= 6 or int(block) % 3 == 0 else "" for block in blocks])
+        for number, kind in enumerate(KINDS):
+            middle = (number + 0.5) * each - 0.5
+            axes.text(middle, 0.98, kind, transform=axes.get_xaxis_transform(), ha="center", va="top")
+        axes.set(ylabel="largest / rms", yscale="log")
+        axes.set_ylim(top=axes.get_ylim()[1] * 1.3)  # room for the kinds' names
+        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter("{x:.0f}")
+        axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    all_axes[-1].set_xlabel("block, by kind of linear")
+    legend(figure, 4)
+    save(figure, path)
+    return scales
 
 
 ALL = {"accuracy": accuracy, "heat": heat_map, "pareto": pareto, "cyclic": cyclic, "outliers": outliers}

@@ -113,42 +113,64 @@ def about_sweep(record):
     return {"low": flips[0]["low_bits"], "n": data["examples"], "flips": len(flips), "clear": len(clear)}
 
 
-def describe(scale, bench, folder):
-    """What the template needs of a scale; its figures go into `folder`."""
-    pictures, served = {}, {}
-    for name, draw in figures.ALL.items():
-        path = folder / f"{name}_{scale['key']}.svg"
-        pictures[name] = path.name if draw(scale | {"times": bench["times"]}, path) else None
+def describe(scale):
+    """What the template needs of one scale for its sentences."""
+    served = {}
     for name, (step, config) in SERVED.items():
         values = list(by_seed(scale, step, config).values())
         served[name] = f"{statistics.mean(values):.1f}" if values else None
+    named = ("key", "title", "note", "variant", "model", "trained", "seeds", "n", "blocks")
+    return {name: scale[name] for name in named} | {
+        "served": served,
+        "sweep": about_sweep(first_record(scale, "sensitivity")),
+        "findings": findings(scale),
+    }
+
+
+def tables_of(scale):
+    """{name: (table or None, how many of its columns name a row)} of one scale."""
     assignments, budgets, ranks = tables.search_tables(scale)
     trainings, operands, sizes, passes, searches = tables.summary_tables(scale)
     widths, range_test = tables.cyclic_tables(scale)
     return {
-        **{
-            name: scale[name]
-            for name in ("key", "title", "note", "variant", "model", "trained", "seeds", "n", "blocks")
-        },
-        "served": served,
-        "pictures": pictures,
-        "accuracy": tables.accuracy_table(scale),
-        "assignments": assignments,
-        "budgets": budgets,
-        "ranks": ranks,
-        "sweep": about_sweep(first_record(scale, "sensitivity")),
-        "objectives": tables.objectives_table(scale),
-        "trainings": trainings,
-        "operands": operands,
-        "sizes": sizes,
-        "passes": passes,
-        "searches": searches,
-        "widths": widths,
-        "range_test": range_test,
-        "distractors": tables.distractor_table(scale),
-        "attack": tables.attack_table(first_record(scale, "attack_rpi"), scale["title"]),
-        "findings": findings(scale),
+        "accuracy": (tables.accuracy_table(scale), 3),
+        "assignments": (assignments, 2),
+        "budgets": (budgets, 1),
+        "ranks": (ranks, 2),
+        "objectives": (tables.objectives_table(scale), 2),
+        "trainings": (trainings, 2),
+        "operands": (operands, 2),
+        "sizes": (sizes, 1),
+        "passes": (passes, 1),
+        "searches": (searches, 3),
+        "widths": (widths, 2),
+        "range_test": (range_test, 2),
+        "distractors": (tables.distractor_table(scale), 1),
+        "attack": (tables.attack_table(first_record(scale, "attack_rpi")), 1),
     }
+
+
+def shown(scales, bench, folder):
+    """({name: table}, {name: figure}), each of the first scale and its variant, or of the stand-in if they have none.
+
+    None where no scale has it. "of" says which scales a table or figure shows; the figures go into `folder`.
+    """
+    first = [scale for scale in scales if scale["variant"] or scale is scales[0]]
+    groups = [first, [scale for scale in scales if scale not in first]]
+    lack = f"; {scales[0]['title']}: not measured"
+    found, pictures = {}, {}
+    for group, note in zip(groups, ("", lack)):
+        each = [(scale["title"], tables_of(scale)) for scale in group]
+        for name, (_, keys) in each[0][1].items() if each else ():
+            if not found.get(name) and (one := tables.beside([(title, made[name][0]) for title, made in each], keys)):
+                found[name] = one | {"of": one["of"] + note}
+        for name, draw in figures.ALL.items():
+            timed = [scale | {"times": bench["times"]} for scale in group]
+            if not pictures.get(name) and timed and (drawn := draw(timed, folder / f"{name}.svg")):
+                of = " and ".join(scale["title"] for scale in drawn)
+                pictures[name] = {"path": f"{name}.svg", "of": of + note}
+    names = tables_of(scales[0])
+    return {name: found.get(name) for name in names}, {name: pictures.get(name) for name in figures.ALL}
 
 
 def build(folders, work):
@@ -158,16 +180,22 @@ def build(folders, work):
     for key, folder in folders.items():
         try:
             scales.append(read_scale(folder, key))
-            scales[-1]["described"] = describe(scales[-1], bench, work)
+            scales[-1]["described"] = describe(scales[-1])
         except (LookupError, TypeError, AttributeError, ValueError) as fault:
             fail(f"{folder}: broken record: {type(fault).__name__}: {fault}")
     attacked = read_if(results / "adv_attack" / "plain_rpi.json")
     known = read(PUBLISHED)
     published, others = tables.published_tables(known, scales)
+    try:
+        joined, pictures = shown(scales, bench, work)
+    except (LookupError, TypeError, AttributeError, ValueError) as fault:
+        fail(f"{results}: broken record: {type(fault).__name__}: {fault}")
     return {
         "scales": [scale["described"] for scale in scales],
+        "tables": joined,
+        "pictures": pictures,
         "bench": bench,
-        "real_text": tables.attack_table(attacked, "classifier of real text"),
+        "real_text": tables.attack_table(attacked),
         "trail": tables.trail_table(results / "trail.md"),
         "published": published,
         "others": others,

@@ -93,6 +93,33 @@ def table(header, rows):
     return {"header": header, "rows": rows} if rows else None
 
 
+def beside(found, keys):
+    """One table of several scales: rows joined on their first cells, the other columns once a scale.
+
+    found: [(title, table or None)]; keys: how many leading columns say what a row is. None where no scale has it.
+    """
+    found = [(title, one) for title, one in found if one]
+    if len(found) < 2:
+        return found[0][1] | {"of": found[0][0]} if found else None
+    order, header = [], found[0][1]["header"][:keys]
+    for title, one in found:
+        place = 0
+        for row in one["rows"]:
+            key = tuple(row[:keys])
+            if key in order:
+                place = order.index(key) + 1
+            else:  # after the row that stands before it in its own table
+                order.insert(place, key)
+                place += 1
+        first, *others = one["header"][keys:]
+        header = [*header, f"{title}: {first}", *others]
+    rows = [list(key) for key in order]
+    for _, one in found:
+        values = {tuple(row[:keys]): row[keys:] for row in one["rows"]}
+        rows = [row + values.get(key, ["-"] * len(one["header"][keys:])) for key, row in zip(order, rows)]
+    return {"header": header, "rows": rows, "of": " and ".join(title for title, _ in found)}
+
+
 def search_tables(scale):
     """(assignments, found against random ones by budget, rank correlations of gradient scores)."""
     record, sweep = first_record(scale, "search"), first_record(scale, "sensitivity")
@@ -215,7 +242,7 @@ def cyclic_tables(scale):
     )
 
 
-def attack_table(record, where):
+def attack_table(record):
     """Accuracy under attack by attack and by inference precision, one sample a text."""
     if not record:
         return None
@@ -231,7 +258,7 @@ def attack_table(record, where):
         rows.append([attack, *found, f"{random['expected']:.1f}", f"{random['mcnemar']['median']:.2g}"])
     means = {key: f"{value:.1f}" for key, value in record["summary"]["single sample"].items()}
     found = table(["attacked at", *columns, "random precision", "McNemar p"], rows)
-    return found | {"where": where, "n": n, "means": means, "draws": record["repetitions"]}
+    return found | {"n": n, "means": means, "draws": record["repetitions"]}
 
 
 DISTRACTED = {"plain": "switch_eval", "control": "distract_control_eval", "distractor": "distract_eval"}

@@ -51,14 +51,14 @@ def test_report_of_the_quick_start_is_the_same_every_time(tmp_path):
     (scale,) = data["scales"]
     record = json.loads((RESULTS / "quickstart" / "lora_fp32.json").read_text())
     assert scale["served"]["float"] == f"{record['metrics']['eval_exact_match']:.1f}"
-    assert all(scale["pictures"].values())
+    assert all(data["pictures"].values()) and data["tables"]["accuracy"]["of"] == "tiny stand-in"
 
 
 def test_changed_number_of_a_record_changes_the_report(records, tmp_path):
     before, pdf = built(records, tmp_path)
     change(records, "lora_fp32", lambda record: record["metrics"].update(eval_exact_match=12.3))
     after, changed = built(records, tmp_path)
-    row = next(row for row in after["scales"][0]["accuracy"]["rows"] if row[0] == "LoRA, float32")
+    row = next(row for row in after["tables"]["accuracy"]["rows"] if row[0] == "LoRA, float32")
     assert row[3].startswith("12.3 [") and "12.3 / " in json.dumps(after["published"])
     assert "12.3" not in json.dumps(before) and pdf != changed
 
@@ -75,7 +75,10 @@ def test_records_that_are_not_there_are_said_to_be_absent(records, tmp_path):
             path.unlink()
     data, _ = built(records, tmp_path)
     (scale,) = data["scales"]
-    assert scale["attack"] is scale["assignments"] is scale["widths"] is data["trail"] is None
+    found = data["tables"]
+    assert (
+        found["attack"] is found["assignments"] is found["widths"] is data["pictures"]["heat"] is data["trail"] is None
+    )
     assert scale["findings"]["rotation"]["verdict"] == scale["findings"]["late"]["verdict"] == "not measured"
     assert (
         scale["findings"]["collapse"]["verdict"] == "holds"
@@ -91,7 +94,7 @@ def test_rank_correlation_that_is_not_defined(records, tmp_path):
 
     change(records, "sensitivity", edit)
     data, _ = built(records, tmp_path)
-    assert ["first order", "W4A4KV4", "-"] in [row[:3] for row in data["scales"][0]["ranks"]["rows"]]
+    assert ["first order", "W4A4KV4", "-"] in [row[:3] for row in data["tables"]["ranks"]["rows"]]
 
 
 def test_a_model_that_reads_too_little_shows_nothing(records, tmp_path):
@@ -134,6 +137,34 @@ def test_a_variant_beside_the_records_gets_a_column(records, tmp_path):
     assert [scale["variant"] for scale in data["scales"]] == [False, True, False]
     assert data["published"]["header"][-3:] == ["small", "small, outliers", "tiny stand-in"]
     assert any(row[-2].startswith("12.3 /") for row in data["published"]["rows"])
+    accuracy = data["tables"]["accuracy"]
+    assert accuracy["header"][3::3] == ["small: EM", "small, outliers: EM"]
+    rows = {row[0]: row[3::3] for row in accuracy["rows"]}
+    assert rows["LoRA, float32"][1].startswith("12.3 [") and rows["LoRA trained at 4 bits"][1] == "-"
+    assert (
+        data["pictures"]["accuracy"]["of"] == "small and small, outliers" and data["pictures"]["heat"]["of"] == "small"
+    )
+
+
+def test_what_the_first_scale_lacks_is_the_stand_ins_and_says_so(records, tmp_path):
+    small = records.parent / "small"
+    small.mkdir()
+    shutil.copy(records / "lora_fp32.json", small)
+    data, _ = built(small, tmp_path, "--stand_in", records)
+    assert data["tables"]["accuracy"]["of"] == data["pictures"]["accuracy"]["of"] == "small"
+    for found in (data["tables"]["widths"], data["pictures"]["heat"]):
+        assert found["of"] == "tiny stand-in; small: not measured"
+
+
+def test_tables_beside_each_other():
+    """A row that only the second has stands after the row that precedes it there; what one lacks is a dash."""
+    first = {"header": ["a", "x", "y"], "rows": [["1", "p", "q"], ["3", "r", "s"]]}
+    second = {"header": ["a", "x", "y"], "rows": [["1", "t", "u"], ["2", "v", "w"]]}
+    joined = tables.beside([("one", first), ("none", None), ("two", second)], 1)
+    assert joined["header"] == ["a", "one: x", "y", "two: x", "y"] and joined["of"] == "one and two"
+    assert joined["rows"] == [["1", "p", "q", "t", "u"], ["2", "-", "-", "v", "w"], ["3", "r", "s", "-", "-"]]
+    assert tables.beside([("one", first), ("two", None)], 1) == first | {"of": "one"}
+    assert tables.beside([("one", None)], 1) is None
 
 
 def test_verdicts_need_an_interval():
