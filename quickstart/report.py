@@ -182,6 +182,24 @@ def language_model_table(records):
     return markdown(["perplexity; trained", "on", "text", "quantizer", *configs, "seeds"], rows)
 
 
+def size_table(records):
+    """Markdown of two model sizes at equal bytes of their linears: perplexity, mean (min - max) over the seeds."""
+    found = {}
+    for path in sorted(records.glob("lm_size_*.json")):
+        record = load(path)
+        blocks = len(record["bit_config"]["layers"]) // 4  # linears of a block
+        trained = "distillation, all weights" if "training" in record else "-"
+        for row in record["rows"]:
+            key = (str(blocks), f"{row['weight_mb']:.2f}", row["config"], trained)
+            found.setdefault(key, []).append(row["perplexity"])
+    order = sorted(found, key=lambda key: (key[2] != FLOAT, key[3] != "-", -int(key[0])))
+    cells = [
+        f"{v[0]:.2f}" if len(v) == 1 else shown(sum(v) / len(v), min(v), max(v), 2) for v in map(found.get, order)
+    ]
+    rows = [[*key, cell, str(len(found[key]))] for key, cell in zip(order, cells, strict=True)]
+    return markdown(["blocks", "MB of the linears", "served as", "trained for it", "perplexity", "seeds"], rows)
+
+
 def plot(rows, path):
     """EM and F1 of every row as bars."""
     figure, axes = plt.subplots(figsize=(9, 0.5 * len(rows) + 1.6), layout="constrained")
@@ -219,12 +237,13 @@ def main():
     source.add_argument("--benchmark", type=Path, help="record of benchmark/benchmark.py")
     source.add_argument("--compare", type=Path, help="record of cpt/compare.sh")
     source.add_argument("--language_model", type=Path, help="folder of records of reproduce's small_lm")
+    source.add_argument("--sizes", type=Path, help="folder of records of reproduce's small_sizes")
     source.add_argument("--steps", type=Path, nargs="+", help="records of benchmark/bench_step.py")
     parser.add_argument("--output_dir", type=Path, help="with --records: where quickstart.md and quickstart.png go")
     parser.add_argument("--pages", type=Path, nargs="+", default=[], help="pages whose markers get the table")
     args = parser.parse_args()
     makers = {"attack": attack_table, "benchmark": benchmark_table, "compare": compare_table, "steps": step_table}
-    makers["language_model"] = language_model_table
+    makers |= {"language_model": language_model_table, "sizes": size_table}
     for name, make in makers.items():
         if paths := getattr(args, name):
             paths = paths if name == "steps" else [paths]

@@ -10,6 +10,10 @@ DATA = "TRAIN_FILE={train_file} VALIDATION_FILE={validation_file} OUTPUT_DIR={ow
 END = "--seed {seed} --record_file {record}"
 
 
+def pretrain(flags):
+    return f"TOKENIZERS_PARALLELISM=true python3 reproduce/make_small_gpt2.py --output_dir {{own}} {flags} {END}"
+
+
 def qa(script, model, *flags):
     return f"{DATA} MODEL={{{model}}} bash {script} {' '.join(flags)} {{+common}} {END}"
 
@@ -36,6 +40,11 @@ def language_model(script, *flags):
     return f"{DATA} MODEL={{model}} bash language_model/{script} {' '.join(flags)} {{+common}} {END}"
 
 
+def sized(size, script, *flags):
+    """A command of language_model with a model of one of two sizes, pretrained here."""
+    return language_model(script, *flags).replace("MODEL={model}", f"MODEL={{lm_pretrain_{size}}}")
+
+
 def lm_training(trains, objective, text, quantizer, bits):
     """A training of language_model at one config. text: "text" or "generated"."""
     command = language_model(
@@ -52,6 +61,7 @@ def pgd_matrix(training, *data):
 
 
 QUANTIZERS = ("minmax", "rotated")
+SIZES = {"large": "W4A8KV8", "half": "W8A8KV8"}  # half of the blocks: as many bytes in the linears
 LM_BITS = ("W4A8KV8", "W4A8KV4", "W4A4KV4")
 POST_TRAINING = {bits: bits for bits in ("W8A8KV8", "W4A8KV8", "W4A4KV4")} | {"hybrid": "{hybrid}"}
 ATTACKS = ("32", "8", "4", "random", "eot")
@@ -69,8 +79,9 @@ SQUAD_VALIDATION = '--dataset_name squad ${VALIDATION_FILE:+--validation_file "$
 
 STEPS = {
     # a model to start from, where the hub's is not taken
-    "pretrain": "TOKENIZERS_PARALLELISM=true python3 reproduce/make_small_gpt2.py --output_dir {own} {+pretraining} "
-    + END,
+    "pretrain": pretrain("{+pretraining}"),
+    "lm_pretrain_large": pretrain("{+pretraining_large}"),
+    "lm_pretrain_half": pretrain("{+pretraining_half}"),
     "split": "python3 reproduce/split_squad.py --train_file {TRAIN_FILE} --output_dir {own} --record_file {record}",
     "base": "TRAIN_FILE={split}/base.json VALIDATION_FILE={validation_file} OUTPUT_DIR={own} MODEL={pretrain} "
     f"bash base_model/train.sh {{+base}} {{+common}} {END}",
@@ -173,6 +184,16 @@ STEPS = {
         for objective, text in (("ce", "text"), ("kd", "text"), ("kd", "generated"))
         for quantizer in QUANTIZERS
         for bits in LM_BITS
+    },
+    # the same linears' bytes: 4-bit weights of a model or 8-bit ones of a model of half its blocks
+    **{f"lm_size_{size}": sized(size, "eval.sh", f"--eval_bit_configs 32 {bits}") for size, bits in SIZES.items()},
+    **{
+        f"lm_size_{size}_qat": sized(
+            size,
+            f"train.sh --bit_configs {bits} --objective kd --train_all_weights",
+            "{+training} {+full}",
+        )
+        for size, bits in SIZES.items()
     },
     # adv_attack: does it protect models that are trained adversarially? PGD on embeddings, classifier and questions
     **{

@@ -135,6 +135,27 @@ def test_table_of_the_language_model(tmp_path):
     ]
 
 
+def test_table_of_two_sizes(tmp_path):
+    for name, blocks, rows in (
+        ("large", 8, {"W32A32KV32": (25.0, 50), "W4A8KV8": (3.2, 55)}),
+        ("large_qat", 8, {"W4A8KV8": (3.2, 52)}),
+        ("large_qat_43", 8, {"W4A8KV8": (3.2, 53)}),
+        ("half", 4, {"W8A8KV8": (3.2, 60.126)}),
+    ):
+        record = {"bit_config": {"layers": dict.fromkeys(range(4 * blocks))}}
+        record["rows"] = [{"config": c, "weight_mb": mb, "perplexity": value} for c, (mb, value) in rows.items()]
+        (tmp_path / f"lm_size_{name}.json").write_text(
+            json.dumps(record | ({"training": {}} if "qat" in name else {}))
+        )
+    done = run("report.py", "--sizes", tmp_path)
+    assert done.stdout.splitlines()[2:] == [
+        "| 8 | 25.00 | W32A32KV32 | - | 50.00 | 1 |",
+        "| 8 | 3.20 | W4A8KV8 | - | 55.00 | 1 |",
+        "| 4 | 3.20 | W8A8KV8 | - | 60.13 | 1 |",
+        "| 8 | 3.20 | W4A8KV8 | distillation, all weights | 52.50 (52.00 - 53.00) | 2 |",
+    ]
+
+
 def test_the_plot_shows_both_scores_of_every_row(figures, tmp_path):
     rows = [("LoRA", "8", 51.5, 60.0), ("PTQ", "4", 3.0, 7.5)]
     load_script("quickstart/report.py").plot(rows, tmp_path / "scores.png")
