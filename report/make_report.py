@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 import figures
+import robustness
 import tables
 from findings import LEAST_F1, LEVEL, MARGIN, by_seed, findings, first_record, low_flips
 
@@ -29,6 +30,7 @@ TITLES = {  # by the name of the folder of records
     "small_outliers": ("small, outliers", "another, with outlier channels put in before pretraining"),
     "gpt2": ("GPT-2", "the published weights"),
 }
+ROBUST = "_robust"  # ends the name of the folder of what goes on from a scale: its models, trained on attacks
 VARIANT = "_outliers"  # ends the name of a scale whose tables stand beside those of the scale before
 
 SERVED = {  # numbers of the abstract: step, config
@@ -173,7 +175,19 @@ def shown(scales, bench, folder):
     return {name: found.get(name) for name in names}, {name: pictures.get(name) for name in figures.ALL}
 
 
-def build(folders, work):
+def robust(records):
+    """What the template needs of adversarial training. records: of `read_records`."""
+    matrices = [record for found in robustness.measured(records).values() for record in found.values()]
+    settings = matrices[0]["settings"] if matrices else {}
+    return {
+        "table": robustness.training_table(records),
+        "findings": robustness.training_findings(records),
+        "about": {key: f"{settings[key]:g}" for key in ("attack_steps", "radius")} if matrices else None,
+        "n": sorted({str(record["data"]["attacked"]["examples"]) for record in matrices}),
+    }
+
+
+def build(folders, robust_folder, work):
     """The data of the report; the figures go into the folder `work`. folders: {scale: folder of its records}."""
     results, scales = next(iter(folders.values())).parent, []
     bench = tables.benchmark(*(read_if(results / f"{name}.json") for name in ("benchmark", "bench_rotated_forward")))
@@ -188,12 +202,15 @@ def build(folders, work):
     published, others = tables.published_tables(known, scales)
     try:
         joined, pictures = shown(scales, bench, work)
+        further = read_records(robust_folder) if robust_folder.is_dir() else {}
+        attacked_in_training = robust(scales[0]["records"] | further)
     except (LookupError, TypeError, AttributeError, ValueError) as fault:
         fail(f"{results}: broken record: {type(fault).__name__}: {fault}")
     return {
         "scales": [scale["described"] for scale in scales],
         "tables": joined,
         "pictures": pictures,
+        "robust": attacked_in_training,
         "bench": bench,
         "real_text": tables.attack_table(attacked),
         "trail": tables.trail_table(results / "trail.md"),
@@ -224,7 +241,7 @@ def main():
     folders |= {args.stand_in.name: args.stand_in} if args.stand_in.resolve() != args.records.resolve() else {}
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        data = build(folders, work)
+        data = build(folders, args.records.with_name(args.records.name + ROBUST), work)
         text = json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         (work / "data.json").write_text(text, encoding="utf-8")
         shutil.copy(HERE / "report.typ", work)

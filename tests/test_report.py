@@ -167,6 +167,58 @@ def test_tables_beside_each_other():
     assert tables.beside([("one", None)], 1) is None
 
 
+def pgd_record(seed, points, drawn=50.0, fixed=40.0):
+    gap = {"points": points, "interval": [points - 1, points + 1]}
+    return {
+        "metrics": {},
+        "data": {"attacked": {"examples": 500}},
+        "seed": seed,
+        "model": "m",
+        "settings": {"attack_steps": 20, "radius": 0.1},
+        "random_precision": {"no attack": {"expected": 90.0}, "eot(4, 8)": {"expected": 30.0}},
+        "protection": {
+            "best_fixed": {"name": "W8A8KV8", "accuracy": fixed},
+            "mean_all": drawn,
+            "published_protocol": gap,
+            "adaptive_attacker": gap | {"points": -points},
+        },
+    }
+
+
+def test_adversarial_training_is_told_from_its_records(records, tmp_path):
+    """Beside the records of a scale, in the folder that ends with _robust: one row a way to train, over its seeds."""
+    assert built(records, tmp_path)[0]["robust"]["table"] is None
+    folder = records.parent / "quickstart_robust"
+    folder.mkdir()
+    for name, seed, points in (("", 42, 5.0), ("_43", 43, 6.0), ("_44", 44, 7.0)):
+        (folder / f"adv_qa_rpt_matrix{name}.json").write_text(json.dumps(pgd_record(seed, points)))
+    (folder / "adv_qa_8bit_matrix.json").write_text(json.dumps(pgd_record(42, -3.0, fixed=45.0)))
+    robust = built(records, tmp_path)[0]["robust"]
+    assert robust["n"] == ["500"] and robust["about"] == {"attack_steps": "20", "radius": "0.1"}
+    assert robust["table"]["rows"] == [
+        [
+            "questions",
+            "attacks at 8 bits",
+            "90.0",
+            "45.0",
+            "50.0",
+            "−3.0 [−4.0, −2.0]",
+            "30.0",
+            "+3.0 [−4.0, −2.0]",
+            "1",
+        ],
+        [
+            *("questions", "attacks at random precisions (RPT)", "90.0", "40.0", "50.0"),
+            *("+6.0 [+3.5, +8.5]", "30.0", "−6.0 [−8.5, −3.5]", "3"),
+        ],
+    ]
+    told = robust["findings"]["qa"]
+    assert [told[claim]["verdict"] for claim in ("protects", "adaptive", "beats")] == [
+        *("holds", "does not hold", "not shown")
+    ]
+    assert told["beats"] == {"measured": "+5.0", "basis": "1 seed: no interval", "verdict": "not shown"}
+
+
 def test_verdicts_need_an_interval():
     cases = {(1.0, None, None): "not shown", (1.0, 0.1, 2.0): "holds", (-1.0, -2.0, -0.1): "does not hold"}
     cases |= {(1.0, -0.1, 2.0): "not shown"}

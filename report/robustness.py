@@ -1,0 +1,82 @@
+"""Tables and findings about adversarial training and attacks, from the records of reproduce's small_robust."""
+
+import statistics
+
+from findings import over_seeds, shown, verdict
+from tables import table
+
+TASKS = {"classification": "classifier", "qa": "questions"}
+ARMS = {"plain": "no attacks", "8bit": "attacks at 8 bits", "rpt": "attacks at random precisions (RPT)"}
+EFFECTS = ("published_protocol", "adaptive_attacker")
+
+
+def effect(values, interval):
+    """([difference, low, high], basis): over seeds, or of one seed over its paired inputs."""
+    if len(values) > 1:
+        return over_seeds(values, [0.0] * len(values)), f"{len(values)} seeds"
+    return [values[0], *interval], "1 seed"
+
+
+def measured(records):
+    """{(task, arm): {seed: record}} of the matrices that are there. records: of `read_records`."""
+    names = [(task, arm) for task in TASKS for arm in ARMS]
+    return {key: records[name] for key in names if (name := "adv_{}_{}_matrix".format(*key)) in records}
+
+
+def accuracies(record):
+    """Accuracy of one matrix in percent: {"clean", "fixed", "drawn", "adaptive"}.
+
+    clean: without attack, mean over the set; fixed: the best single precision, attacked at its own; drawn: a random
+    one, whose attacker draws too; adaptive: a random one, whose attacker averages over the set (EOT).
+    """
+    protected, random = record["protection"], record["random_precision"]
+    return {
+        "clean": random["no attack"]["expected"],
+        "fixed": protected["best_fixed"]["accuracy"],
+        "drawn": protected["mean_all"],
+        "adaptive": next(found["expected"] for row, found in random.items() if row.startswith("eot")),
+    }
+
+
+def training_table(records):
+    """What each way to train stands, at one precision and at a random one. None without records."""
+    rows = []
+    for (task, arm), found in measured(records).items():
+        each = [accuracies(record) for record in found.values()]
+        means = [f"{statistics.mean(one[key] for one in each):.1f}" for key in ("clean", "fixed", "drawn", "adaptive")]
+        gaps = []
+        for name in EFFECTS:
+            of_seeds = [record["protection"][name] for record in found.values()]
+            gap, _ = effect([one["points"] for one in of_seeds], of_seeds[0]["interval"])
+            gaps.append(shown(gap))
+        rows.append([TASKS[task], ARMS[arm], *means[:3], gaps[0], means[3], gaps[1], str(len(found))])
+    header = ["task", "trained on", "no attack", "best fixed, attacked at its own", "random, attacker draws"]
+    return table([*header, "minus best fixed", "random, attacker knows (EOT)", "minus best fixed", "seeds"], rows)
+
+
+def training_findings(records):
+    """{task: {claim: {"measured", "basis", "verdict"}}} of the claims of Double-Win Quant, where both arms are there.
+
+    protects: after RPT, a random precision stands more than the best fixed one, the attacker drawing too; adaptive:
+    the same against EOT; beats: RPT served at a random precision stands more than training on attacks at 8 bits
+    served at its best fixed precision.
+    """
+    found, told = measured(records), {}
+    for task in TASKS:
+        rpt, fixed = found.get((task, "rpt")), found.get((task, "8bit"))
+        if not rpt:
+            continue
+        gaps = {}
+        for claim, name in zip(("protects", "adaptive"), EFFECTS, strict=True):
+            of_seeds = [record["protection"][name] for record in rpt.values()]
+            gaps[claim] = effect([one["points"] for one in of_seeds], of_seeds[0]["interval"])
+        if seeds := [seed for seed in rpt if seed in (fixed or {})]:
+            pair = (
+                [accuracies(rpt[seed])["drawn"] for seed in seeds],
+                [accuracies(fixed[seed])["fixed"] for seed in seeds],
+            )
+            gaps["beats"] = over_seeds(*pair), f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed: no interval"
+        told[task] = {
+            claim: {"measured": shown(gap[0]), "basis": gap[1], "verdict": verdict(gap)} for claim, gap in gaps.items()
+        }
+    return told
