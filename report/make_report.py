@@ -147,8 +147,8 @@ def tables_of(scale):
         "searches": (searches, 3),
         "widths": (widths, 2),
         "range_test": (range_test, 2),
-        "distractors": (tables.distractor_table(scale), 1),
-        "attack": (tables.attack_table(first_record(scale, "attack_rpi")), 1),
+        "distractors": (robustness.distractor_table(scale), 1),
+        "attack": (robustness.attack_table(first_record(scale, "attack_rpi")), 1),
     }
 
 
@@ -212,7 +212,7 @@ def build(folders, robust_folder, work):
         "pictures": pictures,
         "robust": attacked_in_training,
         "bench": bench,
-        "real_text": tables.attack_table(attacked),
+        "real_text": robustness.attack_table(attacked),
         "trail": tables.trail_table(results / "trail.md"),
         "published": published,
         "others": others,

@@ -242,51 +242,6 @@ def cyclic_tables(scale):
     )
 
 
-def attack_table(record):
-    """Accuracy under attack by attack and by inference precision, one sample a text."""
-    if not record:
-        return None
-    matrix = record["matrices"]["single sample"]
-    columns = [name for name in matrix["no attack"] if name.startswith("W")]
-    n = next(iter(matrix["no attack"].values()))["n"]
-    rows = []
-    for attack, cells in matrix.items():
-        random = record["random_precision"][attack]
-        found = [
-            "{:.1f} [{:.1f}, {:.1f}]".format(cells[name]["accuracy"], *cells[name]["interval"]) for name in columns
-        ]
-        rows.append([attack, *found, f"{random['expected']:.1f}", f"{random['mcnemar']['median']:.2g}"])
-    means = {key: f"{value:.1f}" for key, value in record["summary"]["single sample"].items()}
-    found = table(["attacked at", *columns, "random precision", "McNemar p"], rows)
-    return found | {"n": n, "means": means, "draws": record["repetitions"]}
-
-
-DISTRACTED = {"plain": "switch_eval", "control": "distract_control_eval", "distractor": "distract_eval"}
-
-
-def distractor_table(scale):
-    """EM of the joint model by config: as asked, with a sentence about something else, with a distractor."""
-    records = {name: first_record(scale, step) for name, step in DISTRACTED.items()}
-    if not (attacked := records["distractor"]):
-        return None
-    paired = first_record(scale, "distract_paired")
-    pairs = {(row["config"], row["first"], row["second"]): row for row in paired["rows"]} if paired else {}
-    rows = []
-    for name in [row["config"] for row in attacked["rows"]]:
-        found = [record and scores(record, name) for record in records.values()]
-        row = pairs.get((name, "control", "distractor"))
-        lost = shown([row["exact_match_drop"], *row["exact_match_drop_interval"]]) if row else "-"
-        rows.append([name, *(em([score]) if score else "-" for score in found), lost])
-    random, cells = attacked["random_precision"], []
-    for record in records.values():
-        drawn = (record or {}).get("random_precision")
-        spread = drawn and drawn["exact_match"]
-        cells.append("{expected:.1f} ({min:.1f} – {max:.1f})".format(**spread) if spread else "-")
-    rows.append([f"drawn of {', '.join(random['configs'])}", *cells, ""])
-    header = ["served as", "EM as asked", "with a sentence about something else", "with a distractor"]
-    return table([*header, "the distractor costs more, paired"], rows)
-
-
 def benchmark(record, rotated):
     """Table and {config: ms} of a forward at the first shape, what the rotation costs. The records may be None."""
     found = {"table": None, "shape": "", "model": "", "device": "", "rotated": None, "calibration": None, "times": {}}

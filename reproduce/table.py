@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "report"), str(ROOT / "quickstart")]
 from make_report import PUBLISHED, read, read_records  # noqa: E402
 from report import markdown, write_into  # noqa: E402
-from tables import UNPUBLISHED, distractor_table, ours_of, scores  # noqa: E402
+from robustness import distractor_table  # noqa: E402
+from tables import UNPUBLISHED, ours_of, scores  # noqa: E402
 
 OTHERS = "lihe07/llm_qat_test"
 OVERVIEW = {  # of README.md: row -> (source and setting in published.json, step, config)
