@@ -176,6 +176,9 @@ class Steps:
     def record(self, name):
         return self.folder / "records" / f"{name}.json"
 
+    def log(self, name):
+        return self.folder / "logs" / f"{name}.txt"
+
     def begin(self, name):
         left = time_left([*self.running, *self.waiting], self.seconds, self.committed, self.jobs)
         command = self.waiting.pop(name)
@@ -184,7 +187,7 @@ class Steps:
         if self.jobs == 1:
             process = start(command, self.environment)
         else:
-            with open(self.folder / "logs" / f"{name}.txt", "a", encoding="utf-8") as output:
+            with open(self.log(name), "a", encoding="utf-8") as output:
                 process = start(command, self.environment, output)
         self.running[name] = process, time.time()
 
@@ -196,6 +199,9 @@ class Steps:
             fault = f"{name} wrote no record: {self.record(name)}"
         if fault:
             self.status = self.status or process.returncode or 1
+            if self.jobs > 1:  # its output is in a file
+                lines = self.log(name).read_text(encoding="utf-8", errors="replace").splitlines()
+                print(*lines[-5:], f"(all of it: {self.log(name)})", sep="\n", file=sys.stderr)
             print(f"error: {fault}; the same command goes on from there", file=sys.stderr, flush=True)
 
     def run(self):

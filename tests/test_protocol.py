@@ -16,7 +16,8 @@ from conftest import ROOT, load_script
 
 SCALES = sorted(path.stem for path in (ROOT / "reproduce" / "settings").glob("*.json"))
 STEPS = {  # steps that only note that they ran
-    "first": "test ! -e {work}/fail; echo first {seed} {+training} >>{work}/log; cp {work}/one {record}",
+    "first": "if test -e {work}/fail; then echo first cannot go on >&2; false; fi; "
+    "echo first {seed} {+training} >>{work}/log; cp {work}/one {record}",
     "second": "test -e {first_record}; echo second {seed} {first} {own} >>{work}/log; cp {work}/one {record}",
     "silent": "true",
     "alone": "echo alone {seed} >>{work}/log; cp {work}/one {record}",
@@ -78,6 +79,7 @@ def test_a_step_that_fails_goes_on_when_the_command_is_given_again(protocol, tmp
         assert protocol(*jobs, steps=steps, finish=["echo end >>{work}/log"]) == 1
         told = capfd.readouterr().err
         assert "error: first failed (exit 1)" in told and "error: not run, for what they need: second\n" in told
+        assert "first cannot go on\n" in told, "side by side from its log"
     assert log(tmp_path) == ["alone 3"], "what does not need it has run, once"
     (tmp_path / "my work" / "fail").unlink()
     assert protocol(steps=steps, finish=["echo end >>{work}/log"]) == 0 and len(log(tmp_path)) == 5
@@ -97,7 +99,7 @@ def test_steps_side_by_side_wait_for_what_they_need(protocol, tmp_path, capfd):
 def test_dry_run_and_only(protocol, tmp_path, capfd):
     assert protocol("--dry_run", prepare=["echo {work}"]) == 0
     lines = capfd.readouterr().out.splitlines()
-    assert len(lines) == 3 and lines[1].startswith("test ! -e '") and not (tmp_path / "my work" / "log").exists()
+    assert len(lines) == 3 and lines[1].startswith("if test -e '") and not (tmp_path / "my work" / "log").exists()
     assert protocol("--only", "second") == 1, "it needs the record of the first"
     assert protocol("--only", "first") == 0 and [line.split()[0] for line in log(tmp_path)] == ["first"]
     assert "--only x: not in" in protocol("--only", "x")
