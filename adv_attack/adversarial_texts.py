@@ -1,4 +1,4 @@
-"""Reads what whitebox_attack.py wrote and measures it, for eval.py and random_precision_inference.py.
+"""Reads what an attack wrote and measures it, for eval.py and random_precision_inference.py.
 
 Every text is tokenized again before it is classified or measured: scores on the sampled ids would overstate success.
 """
@@ -32,8 +32,8 @@ def set_attacked_quantizer(model, model_args, folders):
 
 
 def load_attacks(folders, model, quantizer, tokenizer, samples):
-    """{attacked precision: attack} of output folders of whitebox_attack.py; all must have attacked the same texts and
-    labels, with the tokens of this tokenizer, within the classes of this model and its quantizer.
+    """{attacked precision: attack} of output folders of one method; all must have attacked the same texts and labels,
+    with the tokens of this tokenizer, within the classes of this model and its quantizer.
 
     Args: quantizer: of `set_attacked_quantizer`. Raises: UserError or FileNotFoundError naming the folder.
     """
@@ -51,6 +51,9 @@ def load_attacks(folders, model, quantizer, tokenizer, samples):
         if name in attacks:
             raise UserError(f"{folder}: a second attack at {name}; give one a precision")
         first = next(iter(attacks.values()), attack)
+        if method_name(attack) != method_name(first):
+            found = f"{folder}: attacked by {method_name(attack)}, {folders[0]} by {method_name(first)}"
+            raise UserError(f"{found}: evaluate them by themselves")
         if attacked_texts(attack) != attacked_texts(first):
             flags = "(--num_samples, --start_index, the data, --max_seq_length)"
             raise UserError(f"{folder}: attacked other texts or labels than {folders[0]} {flags}")
@@ -92,6 +95,16 @@ def attack_name(settings):
     """The attacked precision: "W4A4KV4", "random(W4A4KV4+W8A8KV8)", "eot(...)"."""
     names = "+".join(settings["precisions"])
     return f"{settings['attack_bits']}({names})" if settings["attack_bits"] in ("random", "eot") else names
+
+
+def method_name(attack):
+    """The kind of attack: GBDA, or what word_attack.py did."""
+    return attack["settings"].get("method", "GBDA")
+
+
+def baseline_name(attack):
+    """What its "initial_samples" are: texts of an attacker who optimizes nothing."""
+    return attack["settings"].get("baseline", "initial Theta")
 
 
 def correct_table(model, tokenizer, texts, key, samples, max_length):

@@ -90,19 +90,24 @@ def last_position_logits(model, lengths, embeds):
 
 
 @torch.no_grad()
-def predict(model, tokenizer, texts, max_length, batch_size=64):
-    """Predicted class of every text, under the bits that are set; equal texts are classified once."""
+def class_logits(model, tokenizer, texts, max_length, batch_size=64):
+    """Logits (N, classes) of N texts, under the bits that are set; equal texts are classified once."""
     distinct = list(dict.fromkeys(texts))
     tokens = encode(tokenizer, distinct, max_length)
     order = sorted(range(len(distinct)), key=lambda index: len(tokens[index]))
-    answers = {}
+    found = {}
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
         ids, lengths = pad_right([tokens[index] for index in chosen], tokenizer.pad_token_id)
         embeds = model.transformer.wte(ids.to(model.device))
         logits = last_position_logits(model, lengths.to(model.device), embeds)
-        answers |= {distinct[index]: label for index, label in zip(chosen, logits.argmax(-1).tolist(), strict=True)}
-    return [answers[text] for text in texts]
+        found |= {distinct[index]: row for index, row in zip(chosen, logits, strict=True)}
+    return torch.stack([found[text] for text in texts])
+
+
+def predict(model, tokenizer, texts, max_length):
+    """Predicted class of every text, under the bits that are set."""
+    return class_logits(model, tokenizer, texts, max_length).argmax(-1).tolist()
 
 
 def accuracy_row(correct):

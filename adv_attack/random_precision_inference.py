@@ -23,7 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from adversarial_texts import check_bits, correct_table, load_attacks, set_attacked_quantizer
+from adversarial_texts import baseline_name, check_bits, correct_table, load_attacks, set_attacked_quantizer
 from attack_setup import ClassifierArguments, load_classifier
 from classifier import accuracy_row
 from common.arguments import option
@@ -37,7 +37,7 @@ from common.statistics import markdown_table, mcnemar, with_interval
 from models.bitsandbytes_ptq import LABELS, METHODS, quantize_with_bitsandbytes
 from models.errors import UserError
 
-CLEAN, INITIAL = "no attack", "initial Theta"
+CLEAN = "no attack"
 FULL_PRECISION = "W32A32KV32"
 
 
@@ -46,7 +46,9 @@ class RandomPrecisionArguments:
     """What to evaluate."""
 
     output_dir: str = dataclasses.field(metadata={"help": "folder of table.md, matrix.png and record.json"})
-    attack_dirs: list[str] = dataclasses.field(metadata={"help": "output folders of whitebox_attack.py"})
+    attack_dirs: list[str] = dataclasses.field(
+        metadata={"help": "output folders of whitebox_attack.py, word_attack.py"}
+    )
     precision_set: list[str] = option(["4", "8"], "the precisions that a query's is drawn from: widths or configs")
     inference_bits: list[str] = option(["32"], "further columns: fixed precisions outside the set")
     bitsandbytes: list[str] = option([], "columns of another, weight-only quantizer: 8bit, nf4", aliases=["--bnb"])
@@ -131,7 +133,7 @@ def measure(model_args, tokenizer, model, attacks, configs, args, samples):
 
     def column(target):
         clean = correct_table(target, tokenizer, texts, "text", samples, length)
-        found = {INITIAL: correct_table(target, tokenizer, texts, "initial_samples", samples, length)}
+        found = {baseline_name(first): correct_table(target, tokenizer, texts, "initial_samples", samples, length)}
         for name, attack in attacks.items():
             found[name] = correct_table(target, tokenizer, attack["texts"], "samples", samples, length)
         return {CLEAN: clean.repeat(samples, 1)} | {name: rows & clean for name, rows in found.items()}

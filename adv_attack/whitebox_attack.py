@@ -133,9 +133,11 @@ def start_output_dir(args, settings):
         raise UserError(f"{found}: pass --overwrite_output_dir to start over, or another --output_dir")
 
 
-def attack_all(attack, texts, args):
-    """({position: row}, seconds of the attack over all runs). One file a batch, so a killed run resumes."""
-    batches = make_batches([len(text["tokens"]) for text in texts], len(attack.candidates), args)
+def attack_all(run, batches, texts, args):
+    """({position: row}, seconds of the attack over all runs). One file a batch, so a killed run resumes.
+
+    Args: run: makes the rows of a batch of texts; batches: positions in `texts`.
+    """
     rows, seconds = {}, 0.0
     with tqdm(total=len(texts), desc=f"attack at {args.attack_bits}", unit="text") as bar:
         for number, batch in enumerate(batches):
@@ -143,7 +145,7 @@ def attack_all(attack, texts, args):
             part = read_state(path)
             if part is None:
                 start = time.time()
-                found = attack.run([texts[position] for position in batch])
+                found = run([texts[position] for position in batch])
                 part = {"rows": found, "seconds": time.time() - start}
                 write_state(path, part)
             rows |= dict(zip(batch, part["rows"], strict=True))
@@ -152,12 +154,12 @@ def attack_all(attack, texts, args):
     return rows, seconds
 
 
-def main():
-    start = time.time()
-    model_args, data_args, args = parse_args(ClassifierArguments, TextArguments, AttackArguments)
-    setup_logging(types.SimpleNamespace(process_index=0))
-    check_args(args)
-    set_seed(args.seed)
+def load_inputs(model_args, data_args, args):
+    """All that an attack starts from, and the settings that tell it from another.
+
+    Returns: namespace of tokenizer, model, reference, reference_name, texts (rows with index and tokens),
+        train_tokens, idf, sources, quantizer, precisions ({name: resolved config}), settings.
+    """
     tokenizer = load_tokenizer(model_args)
     model = load_classifier(model_args, tokenizer)
     reference_name, reference = load_reference(model_args, model)
@@ -171,8 +173,6 @@ def main():
     tokens = encode(tokenizer, [row["text"] for _, row in chosen], length)
     texts = [{"index": index, **row, "tokens": ids} for (index, row), ids in zip(chosen, tokens, strict=True)]
     train_tokens = encode(tokenizer, [row["text"] for row in rows["train"]], length)
-    idf = gbda.inverse_document_frequency(train_tokens, len(tokenizer))
-    candidates = candidate_tokens(train_tokens, texts, tokenizer, args)
 
     def windows():
         return calibration_texts(model, tokenizer, model_args, data_args, args.seed, rows["train"])
@@ -191,36 +191,76 @@ def main():
         "quantizer": model.config.quantizer,
         "calibration_samples": model_args.calibration_samples if calibrated else None,
         "attention": model.config._attn_implementation,
-        "candidates": len(candidates),
-        "initial_probability": gbda.survival_probability(args.initial_coeff, len(candidates)),
     }
     del settings["output_dir"], settings["overwrite_output_dir"]
-    settings = json.loads(json.dumps(settings))
+    return types.SimpleNamespace(
+        tokenizer=tokenizer,
+        model=model,
+        reference=reference,
+        reference_name=reference_name,
+        texts=texts,
+        train_tokens=train_tokens,
+        idf=gbda.inverse_document_frequency(train_tokens, len(tokenizer)),
+        sources=sources,
+        quantizer=quantizer,
+        precisions=precisions,
+        settings=settings,
+    )
+
+
+def attack_and_record(run, batches, inputs, model_args, data_args, args, start, summary=dict):
+    """The attack in its output folder: started, resumed, or finished already; texts and record are written there.
+
+    Args: run: of `attack_all`, made by a call (a finished attack needs none); batches: positions in the texts;
+        summary: further metrics of a list of rows; start: time.time() of the beginning.
+    """
+    settings = json.loads(json.dumps(inputs.settings))
     _lock = run_lock(args.output_dir)
     start_output_dir(args, settings)
-    if calibrated and not os.path.isfile(path := os.path.join(args.output_dir, ROTATION_FILE)):
+    path = os.path.join(args.output_dir, ROTATION_FILE)
+    if settings["calibration_samples"] and not os.path.isfile(path):
         with atomic_path(path) as temporary:
-            save_file(model.rotations(), temporary)
+            save_file(inputs.model.rotations(), temporary)
     result_path = os.path.join(args.output_dir, RESULT_FILE)
     record_path = data_args.record_file or os.path.join(args.output_dir, "record.json")
     if all((read_state(path) or {}).get("settings") == settings for path in (result_path, record_path)):
         logger.info("%s: this attack is finished; nothing to do", args.output_dir)
         return
-    attack = Attack(model, reference, tokenizer, candidates, idf, list(precisions.values()), args)
-    found, seconds = attack_all(attack, texts, args)
-    write_state(result_path, {"settings": settings, "texts": [found[position] for position in range(len(texts))]})
+    found, seconds = attack_all(run(), batches, inputs.texts, args)
+    rows = [found[position] for position in range(len(found))]
+    write_state(result_path, {"settings": settings, "texts": rows})
     record = run_record(
         model=relative_path(model_args.model_name_or_path),
-        bit_config={"attack_bits": args.attack_bits, "precisions": list(precisions), **quantizer},
-        metrics={"attack_seconds": round(seconds, 1), "seconds_per_text": round(seconds / len(texts), 3)},
-        data=sources,
+        bit_config={"attack_bits": args.attack_bits, "precisions": list(inputs.precisions), **inputs.quantizer},
+        metrics={"attack_seconds": round(seconds, 1), "seconds_per_text": round(seconds / len(rows), 3)}
+        | summary(rows),
+        data=inputs.sources,
         seed=args.seed,
         wall_seconds=time.time() - start,
-        reference_model=relative_path(reference_name),
+        reference_model=relative_path(inputs.reference_name),
         settings=settings,
     )
     write_state(record_path, record)
-    logger.info("%d texts, %.2f s a text: %s", len(texts), seconds / len(texts), args.output_dir)
+    logger.info("%d texts, %.2f s a text: %s", len(rows), seconds / len(rows), args.output_dir)
+
+
+def main():
+    start = time.time()
+    model_args, data_args, args = parse_args(ClassifierArguments, TextArguments, AttackArguments)
+    setup_logging(types.SimpleNamespace(process_index=0))
+    check_args(args)
+    set_seed(args.seed)
+    inputs = load_inputs(model_args, data_args, args)
+    candidates = candidate_tokens(inputs.train_tokens, inputs.texts, inputs.tokenizer, args)
+    inputs.settings["candidates"] = len(candidates)
+    inputs.settings["initial_probability"] = gbda.survival_probability(args.initial_coeff, len(candidates))
+
+    def attack():
+        parts = (inputs.model, inputs.reference, inputs.tokenizer, candidates, inputs.idf)
+        return Attack(*parts, list(inputs.precisions.values()), args).run
+
+    batches = make_batches([len(text["tokens"]) for text in inputs.texts], len(candidates), args)
+    attack_and_record(attack, batches, inputs, model_args, data_args, args, start)
 
 
 if __name__ == "__main__":
