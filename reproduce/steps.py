@@ -151,6 +151,22 @@ STEPS = {
         f"attack_{bits}": adversarial("attack.sh", "topic_lora", f"--attack_bits {bits}", "{+attack}")
         for bits in ATTACKS
     },
+    # adv_attack: words of the texts replaced, by an attacker who sees probabilities alone
+    "synonyms": 'python3 adv_attack/make_synonyms.py --wordnet "${WORDNET:-/usr/share/wordnet}" '
+    "--output {own}/synonyms.json --record_file {record}",
+    **{
+        f"words_{quantizer}_{bits}": "python3 adv_attack/word_attack.py --model_name_or_path {topic_lora} {+topics} "
+        f"--synonyms {{synonyms}}/synonyms.json --quantizer {quantizer} --attack_bits {bits} {{+words}} "
+        f"--output_dir {{own}} {END}"
+        for quantizer in QUANTIZERS
+        for bits in (32, 8, 4)
+    },
+    **{
+        f"words_{quantizer}_eval": "python3 adv_attack/eval.py --model_name_or_path {topic_lora} "
+        f"--quantizer {quantizer} --attack_dirs {{words_{quantizer}_32}} {{words_{quantizer}_8}} "
+        f"{{words_{quantizer}_4}} --eval_bits 32 8 4 --output_dir {{own}} --record_file {{record}}"
+        for quantizer in QUANTIZERS
+    },
     "attack_eval": f"python3 adv_attack/eval.py --model_name_or_path {{topic_lora}} {ATTACKED} --output_dir {{own}} "
     "--record_file {record}",
     "attack_rpi": f"python3 adv_attack/random_precision_inference.py --model_name_or_path {{topic_lora}} {ATTACKED} "

@@ -1,18 +1,20 @@
-"""adv_attack/word_attack.py and what it needs: greedy replacement of words, synonyms of WordNet, paired differences."""
+"""adv_attack/word_attack.py: greedy replacement of words, synonyms of WordNet, differences from float32."""
 
 import json
 import math
 import pathlib
 import re
 import shutil
+import subprocess
+import sys
 import types
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import NAMES, THINGS, experiment
-from test_adv_attack import call, edit, make_rows, read, text_files, trained  # noqa: F401 (two fixtures)
+from conftest import NAMES, ROOT, THINGS, experiment, parse_flags
+from test_adv_attack import call, read, text_files, trained  # noqa: F401 (two fixtures)
 
 with experiment("adv_attack"):
     import eval as attack_eval
@@ -115,7 +117,7 @@ def test_greedy_replaces_the_most_important_word_first_until_the_label_flips():
     assert row["replaced"] == [[1, "Good", "Okay"]] and row["words"] == 5
     assert row["queries"] == 1 + 3 + 2  # the text, a deletion for each word with candidates, both of good
     (row,) = attack_by_hand("good great fine", table=TABLE)  # 6 -> 3.5 -> 2 -> 0: okay okay poor
-    assert row["outcome"] == "kept" or by_hand(row["samples"][0])[1] <= 0.5
+    assert row["outcome"] == "broken" and row["samples"] == ["okay okay poor"]
     assert [entry[1] for entry in row["replaced"]] == ["good", "great", "fine"]
 
 
@@ -152,7 +154,7 @@ def test_texts_in_flight_share_their_rounds_and_end_as_they_would_alone():
     victim = Hand()
     together = attack_by_hand(*texts, table=TABLE, victim=victim)
     assert victim.rounds[0] == texts and sum(map(len, victim.rounds)) == sum(row["queries"] for row in together)
-    assert [row["outcome"] for row in together][1:4:2] == ["wrong before", "no word to replace"] or True
+    assert [row["outcome"] for row in together] == ["broken", "wrong before", "broken", "wrong before", "broken"]
     for number, text in enumerate(texts):
         (alone,) = attack_by_hand(text, table=TABLE)
         assert {k: v for k, v in alone.items() if k not in ("index", "initial_samples")} == {
@@ -280,8 +282,8 @@ def test_characters_need_no_file_and_integers_may_be_attacked(trained, text_file
         tmp_path / "exported",
         ("--attack_bits", "4", "--num_samples", 4, "--max_fraction", 0.5, *LETTERS),
     )
-    call(export, "--model_name_or_path", trained, "--head", "classification", "--bit_configs", 4, 8,
-         "--output_dir", exported)  # fmt: skip
+    head = ("--head", "QuantGPT2ForSequenceClassification")
+    call(export, "--model_name_or_path", trained, *head, "--bit_configs", 4, 8, "--output_dir", exported)
     found = [attack(trained, text_files, tmp_path / "own", *flags)]
     found.append(attack(exported, text_files, tmp_path / "packed", *flags, "--reference_model", tiny_model))
     assert found[0]["settings"]["method"] == "characters, importance"
@@ -460,3 +462,23 @@ def test_differences_by_hand():
     (row,) = precision_gain.gains({}, {}, never)
     assert row["clean_right"] is None and row["all"]["relative"] is None
     assert precision_gain.gain_lines([row])[-1] == precision_gain.CAPTION and precision_gain.gain_lines([]) == []
+
+
+# ---- the protocol
+
+
+def test_steps_of_the_protocol_attack_the_same_texts_at_every_precision():
+    names = {"SMALL_WORK": "small", "TOPICS": "topics", "VALIDATION_FILE": "dev.json", "WORDNET": "my wordnet"}
+    command = [sys.executable, ROOT / "reproduce" / "run.py", "small_robust", "--dry_run"]
+    dry = subprocess.run(command, capture_output=True, text=True, env={**names, "PATH": "/usr/bin:/bin"}, check=True)
+    lines = [line for line in dry.stdout.splitlines() if re.search("records/(words|synonyms)", line)]
+    assert len(lines) == 9 and '--wordnet "${WORDNET:-/usr/share/wordnet}"' in lines[0]
+    for line in lines:
+        script, words = re.search(r"python3 (\S+) (.*)", line).groups()
+        found = parse_flags(script, words.split() if "$" not in words else ["--wordnet", "x", "--output", "y"])
+        if "word_attack" in script:
+            assert found.num_samples == 500 and found.synonyms.endswith("synonyms/synonyms.json")
+            assert f"words_{found.quantizer}_{found.attack_bits}" in found.output_dir
+        elif "eval" in script:
+            assert len(found.attack_dirs) == 3 and found.eval_bits == ["32", "8", "4"]
+            assert all(f"words_{found.quantizer}_" in folder for folder in found.attack_dirs)
