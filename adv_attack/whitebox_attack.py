@@ -208,7 +208,7 @@ def load_inputs(model_args, data_args, args):
     )
 
 
-def attack_and_record(run, batches, inputs, model_args, data_args, args, start, summary=dict):
+def attack_and_record(run, batches, inputs, model_args, data_args, args, start, summary=None):
     """The attack in its output folder: started, resumed, or finished already; texts and record are written there.
 
     Args: run: of `attack_all`, made by a call (a finished attack needs none); batches: positions in the texts;
@@ -233,7 +233,7 @@ def attack_and_record(run, batches, inputs, model_args, data_args, args, start, 
         model=relative_path(model_args.model_name_or_path),
         bit_config={"attack_bits": args.attack_bits, "precisions": list(inputs.precisions), **inputs.quantizer},
         metrics={"attack_seconds": round(seconds, 1), "seconds_per_text": round(seconds / len(rows), 3)}
-        | summary(rows),
+        | (summary(rows) if summary else {}),
         data=inputs.sources,
         seed=args.seed,
         wall_seconds=time.time() - start,
