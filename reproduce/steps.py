@@ -68,6 +68,11 @@ ATTACKS = ("32", "8", "4", "random", "eot")
 SERVED = "8 {hybrid} {search}/found.json W4A8KV8 4"
 ON_TRAINING = "--measure_split train"
 ATTACKED = "--attack_dirs " + " ".join(f"{{attack_{bits}}}" for bits in ATTACKS)
+WORD_ATTACKS = {  # the most important word first, PWWS's order, and edited letters, of which few suffice
+    "words": "--synonyms {synonyms}/synonyms.json",
+    "pwws": "--synonyms {synonyms}/synonyms.json --order pwws",
+    "letters": "--candidates characters --max_fraction 0.1",
+}
 ARMS = {  # of adversarial training: none, at one width, at random ones
     "plain": "--pgd_steps 0 --precision_set 8",
     "8bit": "--precision_set 8",
@@ -155,16 +160,23 @@ STEPS = {
     "synonyms": 'python3 adv_attack/make_synonyms.py --wordnet "${WORDNET:-/usr/share/wordnet}" '
     "--output {own}/synonyms.json --record_file {record}",
     **{
-        f"words_{quantizer}_{bits}": "python3 adv_attack/word_attack.py --model_name_or_path {topic_lora} {+topics} "
-        f"--synonyms {{synonyms}}/synonyms.json --quantizer {quantizer} --attack_bits {bits} {{+words}} "
-        f"--output_dir {{own}} {END}"
+        f"{name}_{quantizer}_{bits}": "python3 adv_attack/word_attack.py --model_name_or_path {topic_lora} {+topics} "
+        f"{flags} --quantizer {quantizer} --attack_bits {bits} {{+words}} --output_dir {{own}} {END}"
+        for name, flags in WORD_ATTACKS.items()
         for quantizer in QUANTIZERS
-        for bits in (32, 8, 4)
+        for bits in (32, 8, 4, "random")
     },
     **{
-        f"words_{quantizer}_eval": "python3 adv_attack/eval.py --model_name_or_path {topic_lora} "
+        f"{name}_{quantizer}_eval": "python3 adv_attack/eval.py --model_name_or_path {topic_lora} --quantizer "
+        f"{quantizer} --attack_dirs {{{name}_{quantizer}_32}} {{{name}_{quantizer}_8}} {{{name}_{quantizer}_4}} "
+        "--eval_bits 32 8 4 --output_dir {own} --record_file {record}"
+        for name in WORD_ATTACKS
+        for quantizer in QUANTIZERS
+    },
+    **{
+        f"words_{quantizer}_rpi": "python3 adv_attack/random_precision_inference.py --model_name_or_path {topic_lora} "
         f"--quantizer {quantizer} --attack_dirs {{words_{quantizer}_32}} {{words_{quantizer}_8}} "
-        f"{{words_{quantizer}_4}} --eval_bits 32 8 4 --output_dir {{own}} --record_file {{record}}"
+        f"{{words_{quantizer}_4}} {{words_{quantizer}_random}} --precision_set 4 8 --output_dir {{own}} {END}"
         for quantizer in QUANTIZERS
     },
     "attack_eval": f"python3 adv_attack/eval.py --model_name_or_path {{topic_lora}} {ATTACKED} --output_dir {{own}} "

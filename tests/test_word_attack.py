@@ -1,5 +1,6 @@
 """adv_attack/word_attack.py: greedy replacement of words, synonyms of WordNet, differences from float32."""
 
+import collections
 import json
 import math
 import pathlib
@@ -306,6 +307,21 @@ def test_attacks_of_two_methods_share_no_table(trained, attacks, tmp_path):  # n
              "--output_dir", tmp_path / "eval")  # fmt: skip
 
 
+def test_every_attack_has_a_baseline_of_its_own(trained, attacks, tmp_path):  # noqa: F811
+    shutil.copytree(attacks / "4", tmp_path / "other")
+    state = load_state(tmp_path / "other" / "adversarial.json")
+    for row in state["texts"]:
+        row["initial_samples"] = row["samples"]
+    write_state(tmp_path / "other" / "adversarial.json", state)
+    call(attack_eval, "--model_name_or_path", trained, "--attack_dirs", attacks / "8", tmp_path / "other",
+         "--eval_bits", 4, "--output_dir", tmp_path / "eval")  # fmt: skip
+    first, second = ([row["single"]["accuracy"] for row in rows if row["texts"] != "clean"] for rows in (
+        [row for row in read(tmp_path / "eval" / "record.json")["rows"] if row["attack"] == name]
+        for name in ("W8A8KV8", "W4A4KV4")
+    ))  # fmt: skip
+    assert first[0] > first[1] and second[0] == second[1]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -471,14 +487,18 @@ def test_steps_of_the_protocol_attack_the_same_texts_at_every_precision():
     names = {"SMALL_WORK": "small", "TOPICS": "topics", "VALIDATION_FILE": "dev.json", "WORDNET": "my wordnet"}
     command = [sys.executable, ROOT / "reproduce" / "run.py", "small_robust", "--dry_run"]
     dry = subprocess.run(command, capture_output=True, text=True, env={**names, "PATH": "/usr/bin:/bin"}, check=True)
-    lines = [line for line in dry.stdout.splitlines() if re.search("records/(words|synonyms)", line)]
-    assert len(lines) == 9 and '--wordnet "${WORDNET:-/usr/share/wordnet}"' in lines[0]
-    for line in lines:
+    lines = [line for line in dry.stdout.splitlines() if re.search("records/(words|pwws|letters|synonyms)_?", line)]
+    assert len(lines) == 29 and '--wordnet "${WORDNET:-/usr/share/wordnet}"' in lines[0]
+    counts = collections.Counter()
+    for line in lines[1:]:
         script, words = re.search(r"python3 (\S+) (.*)", line).groups()
-        found = parse_flags(script, words.split() if "$" not in words else ["--wordnet", "x", "--output", "y"])
+        found = parse_flags(script, words.split())
+        name = f"{pathlib.Path(found.output_dir).name.split('_')[0]}_{found.quantizer}"
+        counts[name] += 1
         if "word_attack" in script:
-            assert found.num_samples == 500 and found.synonyms.endswith("synonyms/synonyms.json")
-            assert f"words_{found.quantizer}_{found.attack_bits}" in found.output_dir
-        elif "eval" in script:
-            assert len(found.attack_dirs) == 3 and found.eval_bits == ["32", "8", "4"]
-            assert all(f"words_{found.quantizer}_" in folder for folder in found.attack_dirs)
+            assert found.num_samples == 500 and found.output_dir.endswith(f"/{name}_{found.attack_bits}")
+            assert bool(found.synonyms) == (found.candidates == "synonyms") == (not name.startswith("letters"))
+            assert (found.order == "pwws") == name.startswith("pwws")
+        else:
+            assert len(found.attack_dirs) in (3, 4) and all(f"/{name}_" in folder for folder in found.attack_dirs)
+    assert sorted(counts.values()) == [4, 4, 4, 4, 6, 6]
