@@ -60,13 +60,17 @@ def load_reference(model_args, classifier):
     """(name, reference language model); it must have the classifier's vocabulary."""
     name = model_args.reference_model or model_args.base_model_name_or_path
     name = name or classifier.config.base_model_name_or_path or "gpt2"
-    hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
-    if name == classifier.config.base_model_name_or_path:
-        hub["revision"] = classifier.config.base_model_revision
-    reference = QuantGPT2LMHeadModel.from_pretrained(name, **hub)
-    if reference.config.vocab_size != classifier.config.vocab_size:
+    revision = name == classifier.config.base_model_name_or_path and classifier.config.base_model_revision
+    return name, load_language_model("reference_model", name, classifier, model_args, revision or None)
+
+
+def load_language_model(flag, name, model, model_args, revision=None):
+    """The frozen language model `name` of a flag. Raises UserError: it has not the vocabulary of `model`."""
+    hub = {"cache_dir": model_args.cache_dir, "token": model_args.token} | ({"revision": revision} if revision else {})
+    found = QuantGPT2LMHeadModel.from_pretrained(name, **hub)
+    if found.config.vocab_size != model.config.vocab_size:
         raise UserError(
-            f"--reference_model {name}: vocabulary of {reference.config.vocab_size}, the classifier has "
-            f"{classifier.config.vocab_size}: both read the same tokens"
+            f"--{flag} {name}: vocabulary of {found.config.vocab_size}, the attacked model has "
+            f"{model.config.vocab_size}: both read the same tokens"
         )
-    return name, reference.requires_grad_(False).eval().to(DEVICE)
+    return found.requires_grad_(False).eval().to(DEVICE)

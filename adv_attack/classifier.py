@@ -3,6 +3,7 @@
 import random
 
 import torch
+import torch.nn.functional as F
 from scipy.stats import binomtest
 
 from common.calibration import set_quantizer
@@ -108,6 +109,15 @@ def class_logits(model, tokenizer, texts, max_length, batch_size=64):
 def predict(model, tokenizer, texts, max_length):
     """Predicted class of every text, under the bits that are set."""
     return class_logits(model, tokenizer, texts, max_length).argmax(-1).tolist()
+
+
+@torch.no_grad()
+def negative_log_likelihood(model, tokenizer, text):
+    """[sum in nats, number of tokens] that a language model predicts of a text: all but the first."""
+    (tokens,) = encode(tokenizer, [text], model.config.max_position_embeddings)
+    ids = torch.tensor([tokens], device=model.device)
+    logits = model(input_ids=ids).logits[0, :-1].float()
+    return [F.cross_entropy(logits, ids[0, 1:], reduction="sum").item(), len(tokens) - 1]
 
 
 def accuracy_row(correct):

@@ -53,7 +53,7 @@ def pgd(model, inputs, loss, configs, *, steps, step_size, radius, free, generat
     longest = radius * unit
     lengths = torch.rand(*free.shape, 1, generator=generator).to(free.device)
     delta = random_delta(model, radius, free, generator) * lengths
-    with _as_attacked(model):
+    with as_attacked(model):
         for _ in range(steps):
             delta.requires_grad_(True)
             gradient = torch.zeros_like(delta)
@@ -67,7 +67,7 @@ def pgd(model, inputs, loss, configs, *, steps, step_size, radius, free, generat
 
 
 @contextlib.contextmanager
-def _as_attacked(model):
+def as_attacked(model):
     """Evaluation mode, frozen parameters, fake quantization, gradients on; the state before comes back."""
     trains, parameters = model.training, [p for p in model.parameters() if p.requires_grad]
     model.eval()

@@ -111,6 +111,36 @@ def load_trained(task, model_args, tokenizer):
     return model.requires_grad_(False).eval().to(DEVICE)
 
 
+def set_task_quantizer(model, tokenizer, model_args, data_args, args):
+    """`calibration.set_quantizer` with the data of the task."""
+    if args.task == "classification":
+        return set_text_quantizer(model, tokenizer, model_args, data_args, args.seed)
+    return set_qa_quantizer(model, tokenizer, model_args, data_args, args)
+
+
+def begin(args, reporting, model, items, precisions, model_args, data_args, **more):
+    """(settings, lock) of an output folder that is made for an attack, or has its parts already.
+
+    reporting: flags that the parts do not depend on; more: further settings. Raises UserError: of another attack.
+    """
+    settings = {key: value for key, value in dataclasses.asdict(args).items() if key not in reporting} | {
+        "model_sha256": model_checksum(model),
+        "tokenizer_sha256": tokenizer_checksum(items.tokenizer),
+        "data": items.source,
+        "max_seq_length": data_args.max_seq_length,
+        "items": [item["index"] for item in items.items],
+        "precisions": precisions,
+        "execution": model_args.execution,
+        "attention": model.config._attn_implementation,
+        **more,
+    }
+    settings = json.loads(json.dumps(settings))
+    lock = run_lock(args.output_dir)
+    place = {"output_dir": args.output_dir, "overwrite_output_dir": data_args.overwrite_output_dir}
+    start_output_dir(types.SimpleNamespace(**place), settings)
+    return settings, lock
+
+
 def attack_names(members, configs):
     """{row: configs of the attack, None for a control}: no attack, random, every precision, EOT."""
     rows = {CLEAN: None, RANDOM: None} | {name: [config] for name, config in configs.items()}
@@ -199,24 +229,8 @@ def main():
     members = resolve_set(model, args.precision_set)
     configs = resolve_configs(model, [*args.further_bits, *args.precision_set])
     items = ITEMS[args.task](model, tokenizer, model_args, data_args, args)
-    if args.task == "classification":
-        quantizer = set_text_quantizer(model, tokenizer, model_args, data_args, args.seed)
-    else:
-        quantizer = set_qa_quantizer(model, tokenizer, model_args, data_args, args)
-    settings = {key: value for key, value in dataclasses.asdict(args).items() if key not in REPORTING} | {
-        "model_sha256": model_checksum(model),
-        "tokenizer_sha256": tokenizer_checksum(tokenizer),
-        "data": items.source,
-        "max_seq_length": data_args.max_seq_length,
-        "items": [item["index"] for item in items.items],
-        "precisions": configs,
-        "execution": model_args.execution,
-        "attention": model.config._attn_implementation,
-    }
-    settings = json.loads(json.dumps(settings))
-    _lock = run_lock(args.output_dir)
-    place = {"output_dir": args.output_dir, "overwrite_output_dir": data_args.overwrite_output_dir}
-    start_output_dir(types.SimpleNamespace(**place), settings)
+    quantizer = set_task_quantizer(model, tokenizer, model_args, data_args, args)
+    settings, _lock = begin(args, REPORTING, model, items, configs, model_args, data_args)
     rows = attack_names(members, configs)
     tables, seconds = measure_all(Measurement(model, items, members, configs, args), rows, args.output_dir)
 

@@ -5,13 +5,15 @@ first row is CLEAN. All inputs count, and what is wrong without an attack counts
 in F1, which is that of the answers given).
 """
 
+import types
+
 import numpy as np
 
 from classifier import accuracy_row
-from common.statistics import markdown_table, with_interval
+from common.statistics import bootstrap_means, intervals, markdown_table, mcnemar, with_interval
 from random_precision_inference import matrix_summary, random_precision
 
-CLEAN, RANDOM = "no attack", "random delta"
+CLEAN, RANDOM, RPI = "no attack", "random delta", "random precision (RPI)"
 
 
 def paired_difference(first, second):
@@ -132,6 +134,64 @@ def protection(tables, members, eot, margin):
     }
 
 
+def token_results(rows, members, reference, control, args):
+    """{"matrix", "random_precision", "comparisons", "perplexity"} of attacks with tokens (token_attack.py).
+
+    rows: {row: {"scores": {column: scores of each item}, "likelihoods"}}; members: columns of the precision set;
+    reference, control: as of `comparisons`.
+    """
+    tables, perplexity = {}, {}
+    for row, found in rows.items():
+        scores = {column: np.array(values) for column, values in found["scores"].items()}
+        tables[row] = {"per_layer": []}
+        for place, key in enumerate(("right", "f1")[: next(iter(scores.values())).shape[1]]):
+            tables[row][key] = {column: values[:, place].tolist() for column, values in scores.items()}
+        if args.fluency_model:
+            total, number = np.array(found["likelihoods"]).sum(0)
+            perplexity[row] = float(np.exp(total / number)) if number else None
+    options = types.SimpleNamespace(repetitions=args.repetitions, seed=args.seed, margin=5.0, queries=[])
+    return {
+        "matrix": transfer_matrix(tables),
+        "random_precision": {row: random_inference(tables, row, members, options) for row in tables},
+        "comparisons": comparisons(tables, members, reference, control, args),
+        "perplexity": perplexity,
+    }
+
+
+def comparisons(tables, members, reference, control, args):
+    """{row: {column: cell}} of attacks with tokens, and of random precision, the column RPI.
+
+    reference: the column that the others of a row are compared with; control: the row of random tokens; args:
+    num_bootstrap, seed.
+    Returns cells: clean_right: accuracy row among items right without attack; reference, control: paired differences
+        from these with mcnemar_p (None where outcomes are expectations, or are the same); f1, f1_interval (qa).
+    """
+    right, found = effective(tables), {}
+    for row in tables:
+        found[row] = {}
+        for column, own in right[row].items():
+            pairs = {"reference": right[row][reference], "control": right[control][column]}
+            found[row][column] = cell = {"clean_right": accuracy_row(own[right[CLEAN][column]])}
+            for name, other in pairs.items():
+                cell[name] = paired_difference(own, other) | {"mcnemar_p": mcnemar(other, own)}
+        expected, controlled = (
+            np.mean([right[name][column] for column in members], axis=0) for name in (row, control)
+        )
+        found[row][RPI] = {"clean_right": None} | {
+            name: paired_difference(expected, other) | {"mcnemar_p": None}
+            for name, other in {"reference": right[row][reference], "control": controlled}.items()
+        }
+        if "f1" in tables[row]:
+            scores = {column: np.array(values) for column, values in tables[row]["f1"].items()}
+            scores[RPI] = np.mean([scores[column] for column in members], axis=0)
+            bounds = intervals(
+                100 * bootstrap_means(np.stack(list(scores.values()), 1), args.num_bootstrap, args.seed)
+            )
+            for (column, values), interval in zip(scores.items(), bounds, strict=True):
+                found[row][column] |= {"f1": 100 * float(values.mean()), "f1_interval": interval}
+    return found
+
+
 # ---- tables
 
 
@@ -147,7 +207,35 @@ def matrix_lines(matrix, rpi):
         f1 = [f" / {cell['f1']:.1f}" if "f1" in cell else "" for cell in [*cells.values(), rpi[row]]]
         texts.append(f"{rpi[row]['expected']:.1f} (s.d. {rpi[row]['std']:.1f})")
         lines.append([row, *(text + more for text, more in zip(texts, f1, strict=True))])
-    return markdown_table(["attack \\ inference", *columns, "random precision (RPI)"], lines)
+    return markdown_table(["attack \\ inference", *columns, RPI], lines)
+
+
+def token_lines(results, reference, control, task, about):
+    """The whole table.md of token_attack.py. results: of `token_results`; about: the attack, in words."""
+    perplexity = results["perplexity"]
+    header = ["attack", "served at", "right of those right without attack", "F1 [95 %]"]
+    header += [f"minus {control} (p)", f"minus {reference} (p)"] + ["perplexity"] * bool(perplexity)
+    lines = []
+    for row, cells in results["comparisons"].items():
+        for column, cell in cells.items():
+            kept = cell["clean_right"]
+            among = kept and kept["n"] and f"{with_interval(kept['accuracy'], kept['interval'], 1)} of {kept['n']}"
+            f1 = with_interval(cell["f1"], cell["f1_interval"], 1) if "f1" in cell else "-"
+            texts = [row, column, among or "-", f1]
+            for same, name in ((row == control, "control"), (column == reference, "reference")):
+                p = cell[name]["mcnemar_p"]
+                shown = with_interval(cell[name]["points"], cell[name]["interval"], 1)
+                texts.append("-" if same else shown + ("" if p is None else f" ({p:.2g})"))
+            lines.append(texts + ([f"{perplexity[row]:.0f}" if perplexity[row] else "-"] if perplexity else []))
+    scores = "exact match [Wilson 95 %] / F1" if task == "qa" else "accuracy [Wilson 95 %]"
+    return [
+        *matrix_lines(results["matrix"], results["random_precision"]),
+        "",
+        *markdown_table(header, lines),
+        "",
+        f"{about}; {scores} in percent, all inputs counted, a clean error counts as broken. RPI: a precision of the "
+        "set per query. Differences in points, paired [95 %, Bonett-Price], with McNemar's exact p.",
+    ]
 
 
 def inference_lines(rpi, queries):

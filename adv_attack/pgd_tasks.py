@@ -5,6 +5,7 @@ the answer in the context stays right by construction. Padding never moves.
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import math
@@ -27,7 +28,13 @@ from models.modeling_gpt2_quant import QuantGPT2ForQuestionAnswering, QuantGPT2F
 from models.user_input import read_json
 from text_data import check_labels
 from trainer_qa import qa_cross_entropy
-from utils_qa import gold_labels, postprocess_qa_predictions, prepare_validation_features, squad_em_f1_per_example
+from utils_qa import (
+    answer_words,
+    gold_labels,
+    postprocess_qa_predictions,
+    prepare_validation_features,
+    squad_em_f1_per_example,
+)
 
 CLASSES = {"classification": QuantGPT2ForSequenceClassification, "qa": QuantGPT2ForQuestionAnswering}
 
@@ -138,7 +145,17 @@ def noise_generator(*parts):
 # ---- the inputs that a matrix is measured on
 
 
-class TextItems:
+class Items:
+    """What both kinds share."""
+
+    def replaced(self, items):
+        """The same with other items, which `batch` and `score` number from 0."""
+        other = copy.copy(self)
+        other.items = items
+        return other
+
+
+class TextItems(Items):
     """Texts of two tokens at least: a text of one token is nothing but the position that is read.
 
     `items`: [{"index" in the file, "tokens", "label"}]; `left_out`: how many were too short; `source`: for the record.
@@ -148,19 +165,24 @@ class TextItems:
 
     def __init__(self, model, tokenizer, model_args, data_args, args):
         rows, sources = load_rows(data_args, ["validation"], model_args)
-        self.source, self.padding = sources["validation"], tokenizer.pad_token_id
-        check_labels(rows["validation"], model.config.num_labels, self.source["source"])
-        length = min(data_args.max_seq_length, model.config.max_position_embeddings)
-        tokens = encode(tokenizer, [row["text"] for row in rows["validation"]], length)
-        order = random.Random(args.data_seed).sample(range(len(tokens)), len(tokens))
-        usable = [index for index in order if len(tokens[index]) > 1]
+        rows, self.source = rows["validation"], sources["validation"]
+        self.tokenizer, self.padding = tokenizer, tokenizer.pad_token_id
+        check_labels(rows, model.config.num_labels, self.source["source"])
+        self.length = min(data_args.max_seq_length, model.config.max_position_embeddings)
+        items = self.read(range(len(rows)), rows)
+        order = random.Random(args.data_seed).sample(range(len(items)), len(items))
+        usable = [index for index in order if len(items[index]["tokens"]) > 1]
         if not usable:
             raise UserError(f"{self.source['source']}: every text is one token; allowed is two or more")
         self.left_out = len(order) - len(usable)
-        rows = rows["validation"]
-        self.items = [
-            {"index": index, "tokens": tokens[index], "label": rows[index]["label"]}
-            for index in usable[: args.num_samples]
+        self.items = [items[index] for index in usable[: args.num_samples]]
+
+    def read(self, indices, rows):
+        """Items of rows {"text", "label"}."""
+        tokens = encode(self.tokenizer, [row["text"] for row in rows], self.length)
+        return [
+            {"index": index, "tokens": ids, "label": row["label"]}
+            for index, ids, row in zip(indices, tokens, rows, strict=True)
         ]
 
     def batch(self, positions):
@@ -174,39 +196,47 @@ class TextItems:
         return (text_logits(model, inputs).argmax(-1) == inputs["labels"]).float().cpu().numpy()[:, None]
 
 
-class QuestionItems:
-    """Questions whose context fits one window, with the window; see `TextItems`."""
+class QuestionItems(Items):
+    """Questions whose context fits one window, with the window; see `TextItems`. room: free tokens in it, at least."""
 
     scores = ("exact_match", "f1")
 
-    def __init__(self, model, tokenizer, model_args, data_args, args):
+    def __init__(self, model, tokenizer, model_args, data_args, args, room=0):
         examples, sources = load_data(data_args, ["validation"], model_args)
         examples, self.source = examples["validation"], sources["validation"]
-        self.padding, self.max_answer_length = tokenizer.pad_token_id, data_args.max_answer_length
-        settings = feature_settings(data_args, model.config.max_position_embeddings)
+        self.tokenizer, self.padding = tokenizer, tokenizer.pad_token_id
+        self.max_answer_length = data_args.max_answer_length
+        self.settings = feature_settings(data_args, model.config.max_position_embeddings)
         order = random.Random(args.data_seed).sample(range(len(examples)), len(examples))
         self.items, self.left_out = [], 0
         while order and len(self.items) < args.num_samples:
             indices, order = order[: args.num_samples], order[args.num_samples :]
-            self._add(indices, examples.select(indices), tokenizer, settings)
+            found = self.read(indices, list(examples.select(indices)), room)
+            self.items += filter(None, found)
+            self.left_out += found.count(None)
         self.items = self.items[: args.num_samples]
         if not self.items:
-            where = f"--max_seq_length {settings['max_seq_length']}"
+            where = f"--max_seq_length {self.settings['max_seq_length']}"
             raise UserError(f"{self.source['source']}: no context fits one window; allowed are more tokens ({where})")
 
-    def _add(self, indices, rows, tokenizer, settings):
-        windows = prepare_validation_features(rows[:], tokenizer, **settings)
-        lengths = question_lengths(rows["question"], tokenizer, settings["separator"])
+    def read(self, indices, rows, room=0):
+        """Items of rows of the data; None for one whose context does not fit one window."""
+        columns = {key: [row[key] for row in rows] for key in ("id", "question", "context", "answers")}
+        windows = prepare_validation_features(columns, self.tokenizer, **self.settings)
+        lengths = question_lengths(columns["question"], self.tokenizer, self.settings["separator"])
         labels = gold_labels(windows, rows).tolist()
         of_id, number = {key: place for place, key in enumerate(windows["example_id"])}, Counter(windows["example_id"])
+        items = []
         for index, row, question_tokens in zip(indices, rows, lengths, strict=True):
-            if number[row["id"]] > 1:
-                self.left_out += 1
-                continue
             window = of_id[row["id"]]
+            tokens = windows["input_ids"][window]
+            if number[row["id"]] > 1 or len(tokens) + room > self.settings["max_seq_length"]:
+                items.append(None)
+                continue
             feature = {"example_id": row["id"], "offset_mapping": windows["offset_mapping"][window]}
-            item = {"index": index, "tokens": windows["input_ids"][window], "question_tokens": question_tokens}
-            self.items.append(item | {"row": row, "feature": feature, "labels": labels[window]})
+            item = {"index": index, "tokens": tokens, "question_tokens": question_tokens}
+            items.append(item | {"row": row, "feature": feature, "labels": labels[window]})
+        return items
 
     def batch(self, positions):
         chosen = [self.items[position] for position in positions]
@@ -223,6 +253,12 @@ class QuestionItems:
         answers, _ = postprocess_qa_predictions(rows, features, logits, 1, self.max_answer_length)
         found = squad_em_f1_per_example(answers, {row["id"]: row["answers"]["text"] for row in rows})
         return np.array([found[row["id"]] for row in rows])
+
+
+def contains_answer(text, golds):
+    """Whether the words of a gold answer, as the evaluation compares them, follow each other in a text."""
+    words = f" {' '.join(answer_words(text))} "
+    return any(f" {' '.join(found)} " in words for gold in golds if (found := answer_words(gold)))
 
 
 ITEMS = {"classification": TextItems, "qa": QuestionItems}

@@ -245,4 +245,13 @@ STEPS = {
         + pgd_matrix(f"adv_qa_{arm}", "--task qa", SQUAD_VALIDATION, "{+pgd_qa}")
         for arm in ARMS
     },
+    # adv_attack: real tokens of the questions, or of a sentence after the context, chosen with gradients
+    **{
+        f"tokens_{surface}_{method}_{bits}": "VALIDATION_FILE={validation_file}; python3 adv_attack/token_attack.py "
+        f"--task qa --surface {surface} --method {method} --attack_bits {bits} {SQUAD_VALIDATION} "
+        f"{{+tokens}} {{+tokens_{surface}}} {{+tokens_{method}}} --output_dir {{own}} {END}"
+        for surface in ("question", "distractor")
+        for method in ("hotflip", "pgd")
+        for bits in ("8", "4", "eot")
+    },
 }
