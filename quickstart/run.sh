@@ -37,5 +37,5 @@ if [[ "$(cat "$work/code" 2>/dev/null || true)" != "$code" ]]; then
 fi
 mkdir -p "$work/runs" "$work/records"
 
-python3 reproduce/run.py tiny --work "$work" --seed "$seed"
+python3 reproduce/run.py tiny --work "$work" --seed "$seed" --jobs 2
 echo "plot of the search: $work/runs/search/pareto.png"

@@ -176,10 +176,12 @@ def shown(scales, bench, folder):
 
 
 def robust(records):
-    """What the template needs of adversarial training. records: of `read_records`."""
+    """What the template needs of adversarial training, and of attacks by words and tokens. records: `read_records`."""
     matrices = [record for found in robustness.measured(records).values() for record in found.values()]
     settings = matrices[0]["settings"] if matrices else {}
     return {
+        "words": robustness.words_table(records),
+        "tokens": robustness.tokens_table(records),
         "table": robustness.training_table(records),
         "findings": robustness.training_findings(records),
         "about": {key: f"{settings[key]:g}" for key in ("attack_steps", "radius")} if matrices else None,

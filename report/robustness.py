@@ -5,8 +5,9 @@ import statistics
 from findings import first_record, over_seeds, scores, shown, verdict
 from tables import em, table
 
+FLOAT = "W32A32KV32"
 TASKS = {"classification": "classifier", "qa": "questions"}
-ARMS = {"plain": "no attacks", "8bit": "attacks at 8 bits", "rpt": "attacks at random precisions (RPT)"}
+ARMS = {"plain": "not", "8bit": "at 8 bits", "rpt": "at random ones (RPT)"}
 EFFECTS = ("published_protocol", "adaptive_attacker")
 
 
@@ -95,7 +96,7 @@ def training_table(records):
             gap, _ = effect([one["points"] for one in of_seeds], of_seeds[0]["interval"])
             gaps.append(shown(gap))
         rows.append([TASKS[task], ARMS[arm], *means[:3], gaps[0], means[3], gaps[1], str(len(found))])
-    header = ["task", "trained on", "no attack", "best fixed, attacked at its own", "random, attacker draws"]
+    header = ["task", "attacked in training", "no attack", "best fixed, attacked at its own", "random, attacker draws"]
     return table([*header, "minus best fixed", "random, attacker knows (EOT)", "minus best fixed", "seeds"], rows)
 
 
@@ -125,3 +126,59 @@ def training_findings(records):
             claim: {"measured": shown(gap[0]), "basis": gap[1], "verdict": verdict(gap)} for claim, gap in gaps.items()
         }
     return told
+
+
+WORDS = {"words": "synonyms", "pwws": "synonyms, PWWS's order", "letters": "letters edited"}
+
+
+def words_table(records):
+    """Attacks that see probabilities alone: accuracy at each precision, and what it has over float32."""
+    rows = []
+    for kind, label in WORDS.items():
+        for quantizer in ("minmax", "rotated"):
+            if not (record := records.get(f"{kind}_{quantizer}_eval")):
+                continue
+            (record,) = record.values()
+            cells = {(row["attack"], row["inference"], row["texts"]): row["single"] for row in record["rows"]}
+            gains = {
+                (row["texts"], row["precision"]): row["clean_right"] for row in record["differences_from_float32"]
+            }
+            for name in record["bit_config"]["inference"]:
+                own = [cell for (attack, served, _), cell in cells.items() if attack == served == name]
+                found = [f"{cell['accuracy']:.1f}" for cell in own]  # no attack, replaced at random, attacked
+                compared = [gains.get((texts, name)) for texts in ("each attacked at its own", f"found at {FLOAT}")]
+                over = [shown([one["points"], *one["interval"]]) if one else "-" for one in compared]
+                rows.append([label, {"minmax": "MinMax"}.get(quantizer, quantizer), name, *found, *over])
+    header = ["replaced", "quantizer", "served at", "no attack", "at random", "attacked anew", "minus float32"]
+    return table([*header, "found in float32, minus float32"], rows)
+
+
+SURFACES = ("question", "distractor")
+
+
+def tokens_table(records):
+    """Attacks on questions with gradients: EM at each precision and at a random one, beside as many random tokens."""
+    rows, served = [], []
+    for surface in SURFACES:
+        for method, label in {"hotflip": "HotFlip", "pgd": "PGD"}.items():
+            for bits in ("8", "4", "eot"):
+                if not (found := records.get(f"tokens_{surface}_{method}_{bits}")):
+                    continue
+                (record,) = found.values()
+                cells, random = record["matrix"], record["random_precision"]
+                served = list(cells[method])
+                first = served[0]
+                gap = record["comparisons"][method]["random precision (RPI)"]["reference"]
+                rows.append(
+                    [
+                        surface,
+                        label,
+                        "all (EOT)" if bits == "eot" else record["bit_config"]["attacked"],
+                        *(f"{cells[row][first]['all']['accuracy']:.1f}" for row in ("no attack", "random tokens")),
+                        *(f"{cells[method][name]['all']['accuracy']:.1f}" for name in served),
+                        f"{random[method]['expected']:.1f}",
+                        shown([gap["points"], *gap["interval"]]),
+                    ]
+                )
+    header = ["changed", "attack", "found at", "no attack", "random tokens", *served, "random precision"]
+    return table([*header, f"minus {served[0]}" if served else ""], rows)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "report"), str(ROOT / "quickstart")]
 from make_report import PUBLISHED, read, read_records  # noqa: E402
 from report import markdown, write_into  # noqa: E402
-from robustness import distractor_table  # noqa: E402
+from robustness import distractor_table, tokens_table, training_table, words_table  # noqa: E402
 from tables import UNPUBLISHED, ours_of, scores  # noqa: E402
 
 OTHERS = "lihe07/llm_qat_test"
@@ -60,9 +60,14 @@ def rows_of(published):
     return rows + [("ours", setting, "-", step, config) for setting, (step, config) in UNPUBLISHED.items()]
 
 
+def records_of(folder):
+    """`read_records`, nothing of a folder without any."""
+    return read_records(folder) if any(folder.glob("*.json")) else {}
+
+
 def table(folders):
     """Markdown. folders: {title: folder of records}, which may be missing or empty."""
-    scales = [{"records": read_records(path) if any(path.glob("*.json")) else {}} for path in folders.values()]
+    scales = [{"records": records_of(path)} for path in folders.values()]
     header = [
         "source",
         "setting",
@@ -79,7 +84,7 @@ def table(folders):
 
 def overview(folders):
     """Markdown: published figures beside the means of our records, and their seeds. folders: {title: of records}."""
-    scales = [read_records(folder) if any(folder.glob("*.json")) else {} for folder in folders.values()]
+    scales = [records_of(folder) for folder in folders.values()]
     published = {(row["source"], row["setting"]): row for row in read(PUBLISHED)}
     cells = []
     for label, (source, setting, step, config) in OVERVIEW.items():
@@ -98,16 +103,18 @@ def overview(folders):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for scale in ("gpt2", "small", "small_outliers"):
+    for scale in ("gpt2", "small", "small_outliers", "small_robust"):
         parser.add_argument(f"--{scale}", type=Path, default=ROOT / "results" / scale, help="folder of its records")
     parser.add_argument("--pages", type=Path, nargs="+", default=[], help="pages whose markers get the table")
     args = parser.parse_args()
     small = {"small GPT-2 made here": args.small, "another, with outlier channels": args.small_outliers}
     text = table({"GPT-2 124M, ours": args.gpt2} | small)
-    scale = {"records": read_records(args.small) if any(args.small.glob("*.json")) else {}}
-    distracted = distractor_table(scale) or {"header": ["not measured"], "rows": []}
+    scale, robust = ({"records": records_of(folder)} for folder in (args.small, args.small_robust))
+    attacks = {"distractor": distractor_table(scale), "words": words_table(robust["records"])}
+    attacks |= {"tokens": tokens_table(robust["records"]), "robust": training_table(robust["records"])}
+    found = {name: one or {"header": ["not measured"], "rows": []} for name, one in attacks.items()}
     pages = {"published": text, "overview": overview(small)}
-    write_into(args.pages, pages | {"distractor": markdown(distracted["header"], distracted["rows"])})
+    write_into(args.pages, pages | {name: markdown(one["header"], one["rows"]) for name, one in found.items()})
     print(text)
 
 

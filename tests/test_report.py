@@ -198,7 +198,7 @@ def test_adversarial_training_is_told_from_its_records(records, tmp_path):
     assert robust["table"]["rows"] == [
         [
             "questions",
-            "attacks at 8 bits",
+            "at 8 bits",
             "90.0",
             "45.0",
             "50.0",
@@ -208,7 +208,7 @@ def test_adversarial_training_is_told_from_its_records(records, tmp_path):
             "1",
         ],
         [
-            *("questions", "attacks at random precisions (RPT)", "90.0", "40.0", "50.0"),
+            *("questions", "at random ones (RPT)", "90.0", "40.0", "50.0"),
             *("+6.0 [+3.5, +8.5]", "30.0", "−6.0 [−8.5, −3.5]", "3"),
         ],
     ]
@@ -284,7 +284,7 @@ def test_folder_without_records_and_missing_typst_are_one_line(tmp_path):
 
 
 def test_published_table_of_the_page_and_a_scale_that_fills_its_column(tmp_path):
-    originals = [ROOT / "reproduce" / "README.md", ROOT / "README.md"]
+    originals = [ROOT / page for page in ("reproduce/README.md", "README.md", "adv_attack/README.md")]
     pages = [shutil.copy(page, tmp_path / f"{number}.md") for number, page in enumerate(originals)]
     command = [sys.executable, ROOT / "reproduce" / "table.py"]
     done = subprocess.run([*command, "--pages", *pages], capture_output=True, text=True)
