@@ -13,6 +13,7 @@ from conftest import experiment, load_script
 
 with experiment("report"):
     import findings
+    import robustness
     import tables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -187,6 +188,7 @@ def pgd_record(seed, points, drawn=50.0, fixed=40.0):
 
 def test_adversarial_training_is_told_from_its_records(records, tmp_path):
     """Beside the records of a scale, in the folder that ends with _robust: one row a way to train, over its seeds."""
+    (records / "adv_classification_rpt_matrix.json").unlink()
     assert built(records, tmp_path)[0]["robust"]["table"] is None
     folder = records.parent / "quickstart_robust"
     folder.mkdir()
@@ -300,3 +302,20 @@ def test_published_table_of_the_page_and_a_scale_that_fills_its_column(tmp_path)
     assert f"| LoRA, not quantized | 69.39 / 79.29 | {lora['eval_exact_match']:.1f} / {lora['eval_f1']:.1f} | 1 |" in (
         pages[1].read_text()
     )
+
+
+def test_tables_of_attacks_are_those_of_the_records():
+    """Of the quick start's own: words replaced at three precisions, tokens of questions found for all precisions."""
+    records = {path.stem: {42: json.loads(path.read_text())} for path in (RESULTS / "quickstart").glob("*.json")}
+    words, found = robustness.words_table(records), records["letters_minmax_eval"][42]
+    assert [row[2] for row in words["rows"]] == found["bit_config"]["inference"]
+    last = found["rows"][-1]
+    assert last["attack"] == last["inference"] == words["rows"][-1][2] and last["texts"] == "optimized"
+    assert words["rows"][-1][5] == f"{last['single']['accuracy']:.1f}" and words["rows"][0][6:] == ["-", "-"]
+    tokens, found = robustness.tokens_table(records), records["tokens_question_hotflip_eot"][42]
+    row = dict(zip(tokens["header"], tokens["rows"][0], strict=True))
+    assert (row["changed"], row["attack"], row["found at"]) == ("question", "HotFlip", "all (EOT)")
+    for name in ("W8A8KV8", "W4A4KV4"):
+        assert row[name] == f"{found['matrix']['hotflip'][name]['all']['accuracy']:.1f}"
+    assert row["random tokens"] == f"{found['matrix']['random tokens']['W8A8KV8']['all']['accuracy']:.1f}"
+    assert robustness.words_table({}) is robustness.tokens_table({}) is robustness.training_table({}) is None
