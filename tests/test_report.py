@@ -312,6 +312,11 @@ def test_tables_of_attacks_are_those_of_the_records():
     last = found["rows"][-1]
     assert last["attack"] == last["inference"] == words["rows"][-1][2] and last["texts"] == "optimized"
     assert words["rows"][-1][5] == f"{last['single']['accuracy']:.1f}" and words["rows"][0][6:] == ["-", "-"]
+    gains = {(row["texts"], row["precision"]): row["clean_right"] for row in found["differences_from_float32"]}
+    for place, texts in ((6, "each attacked at its own"), (7, "found at W32A32KV32")):
+        gap = gains[texts, "W4A4KV4"]
+        assert words["rows"][-1][place] == findings.shown([gap["points"], *gap["interval"]])
+    assert words["rows"][-1][6] != words["rows"][-1][7]
     tokens, found = robustness.tokens_table(records), records["tokens_question_hotflip_eot"][42]
     row = dict(zip(tokens["header"], tokens["rows"][0], strict=True))
     assert (row["changed"], row["attack"], row["found at"]) == ("question", "HotFlip", "all (EOT)")
