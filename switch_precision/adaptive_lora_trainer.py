@@ -44,35 +44,19 @@ class ObjectiveArguments:
         "(default 1, as published)",
     )
     distill_temperature: float = option(2.0, "temperature of --distill_loss kl, whose gradient scale is kept by T^2")
-    distill_hidden: float = option(
-        0.0,
-        "joint: weight of the mean squared error of the last block's normalized hidden states to those of the pass at "
-        "the highest width",
-    )
-    contrastive: float = option(
-        0.0,
-        "joint: weight of InfoNCE on these hidden states: a token is to be told from the other tokens of its batch by "
-        "its state at the highest width",
-    )
 
     def __post_init__(self):
         if self.distill_weight is None:
             self.distill_weight = 1.0 if self.objective == "sequential" else 0.25
 
-    def check(self, bit_widths, number):
-        """Refuse what cannot work. `bit_widths`: the widths that steps choose from, None for --bit_configs; `number`:
-        how many widths or configs there are."""
+    def check(self, bit_widths):
+        """Refuse what cannot work. `bit_widths`: the widths that steps choose from, None for --bit_configs."""
         for flag, allowed in {"objective": OBJECTIVES, "distill_loss": DISTILLATIONS}.items():
             if getattr(self, flag) not in allowed:
                 raise UserError(f"--{flag} {getattr(self, flag)}: allowed are {', '.join(allowed)}")
-        for flag in ("num_mixed_configs", "sample_widths", "distill_weight", "distill_hidden", "contrastive"):
+        for flag in ("num_mixed_configs", "sample_widths", "distill_weight"):
             if getattr(self, flag) < 0:
                 raise UserError(f"--{flag} {getattr(self, flag)}: must not be negative")
-        for flag in ("distill_hidden", "contrastive"):
-            if getattr(self, flag) and self.objective != "joint":
-                raise UserError(f"--{flag} compares passes of a step: --objective {self.objective} has one")
-            if getattr(self, flag) and number + self.teacher < 2:
-                raise UserError(f"--{flag} compares the passes at two widths or configs, and there is one")
         if not 0 <= self.curriculum <= 1:
             raise UserError(f"--curriculum {self.curriculum}: a fraction of the steps, 0 to 1")
         if self.distill_temperature <= 0:
@@ -90,9 +74,6 @@ class ObjectiveArguments:
 
 
 # ---- losses
-
-CONTRASTIVE_TEMPERATURE = 0.1  # that of SimCLR (arXiv 2002.05709)
-CONTRASTIVE_TOKENS = 1024  # of a batch, at most: the similarities are a matrix of their square
 
 
 def qa_distillation_kl(student_start, student_end, teacher_start, teacher_end, mask, temperature=2.0):
@@ -119,30 +100,6 @@ def qa_distillation_mse(student_start, student_end, teacher_start, teacher_end, 
         return (squares.sum(-1) / mask.sum(-1)).mean()
 
     return 0.5 * (mse(student_start, teacher_start) + mse(student_end, teacher_end))
-
-
-def hidden_mse(student, teacher, mask):
-    """Squared difference of hidden states (batch, seq, hidden), each normalized to mean 0 and variance 1: mean over
-    the channels, the tokens of a window, and the batch."""
-    student, teacher = (F.layer_norm(states.float(), states.shape[-1:]) for states in (student, teacher))
-    squares = (student - teacher).square().mean(-1).masked_fill(~mask, 0.0)
-    return (squares.sum(-1) / mask.sum(-1)).mean()
-
-
-def contrastive_loss(student, teacher, mask, most=CONTRASTIVE_TOKENS):
-    """InfoNCE: cross-entropy of finding each token's own teacher state among those of all tokens, by cosine similarity
-    over the temperature. Of a batch of more than `most` tokens, `most` evenly spaced ones.
-
-    Hidden states (batch, seq, hidden); mask (batch, seq), true on tokens. Source: SimCLR (arXiv 2002.05709) Eq. 1,
-    with negatives from the other view alone.
-    """
-    tokens = mask.flatten().nonzero().squeeze(-1)
-    if len(tokens) > most:
-        tokens = tokens[torch.arange(most, device=tokens.device) * len(tokens) // most]
-    student, teacher = (F.normalize(states.flatten(0, 1)[tokens].float(), dim=-1) for states in (student, teacher))
-    with torch.autocast(student.device.type, enabled=False):  # a cosine in bf16 has two digits
-        similarities = student @ teacher.T / CONTRASTIVE_TEMPERATURE
-    return F.cross_entropy(similarities, torch.arange(len(tokens), device=tokens.device))
 
 
 # ---- trainer
@@ -209,23 +166,17 @@ class AdaptiveLoRATrainer(QuestionAnsweringTrainer):
 
     def joint_losses(self, net, inputs, configs, share):
         """Send the mean over the passes of L_i = CE(z_i) + weight * sum_j distance(z_i, z_j) backward, j over all
-        passes before i, which get no gradient from it; plus what --distill_hidden and --contrastive add to L_i with
-        the hidden states of the first pass.
+        passes before i, which get no gradient from it.
 
         InstantNet's Eq. 1 averages the L_i over the passes, as here; its released code adds them up.
         Returns: ([L_i], what they are multiplied by).
         """
-        losses, logits, highest, scale = [], [], None, 1 / len(configs)
+        losses, logits, scale = [], [], 1 / len(configs)
         for _, config in configs:
-            passed, hidden = self._outputs(net, inputs, config)
-            loss = self._loss_of_pass(passed, logits, inputs, self.objective.distill_weight)
-            if highest is not None:
-                loss = loss + self._loss_of_hidden(hidden, highest, inputs["attention_mask"].bool())
-            self.accelerator.backward(loss * (scale * share))  # checkpointing recomputes with these bits
-            losses.append(loss.detach())
-            logits.append(passed.detach())
-            if hidden is not None and highest is None:
-                highest = hidden.detach()
+            logits.append(self._logits(net, inputs, config))
+            losses.append(self._loss_of_pass(logits[-1], logits[:-1], inputs, self.objective.distill_weight))
+            self.accelerator.backward(losses[-1] * (scale * share))  # checkpointing recomputes with these bits
+            losses[-1], logits[-1] = losses[-1].detach(), logits[-1].detach()
         return losses, scale
 
     def sequential_losses(self, net, inputs, configs, share):
@@ -240,23 +191,19 @@ class AdaptiveLoRATrainer(QuestionAnsweringTrainer):
         if names := self.teacher_names(name):
             net.eval()
             with torch.no_grad():
-                teachers = [self._outputs(net, inputs, dict(self.configs)[teacher])[0] for teacher in names]
+                teachers = [self._logits(net, inputs, dict(self.configs)[teacher]) for teacher in names]
             net.train()
             weight, scale = self.objective.distill_weight / len(teachers), 1 / (1 + self.objective.distill_weight)
-        loss = self._loss_of_pass(self._outputs(net, inputs, config)[0], teachers, inputs, weight)
+        loss = self._loss_of_pass(self._logits(net, inputs, config), teachers, inputs, weight)
         self.accelerator.backward(loss * (scale * share))
         return [loss.detach()], scale
 
-    def _outputs(self, net, inputs, config):
-        """Under a config: start and end logits (2, batch, seq); hidden states behind the last block (batch, seq,
-        hidden), None where no loss needs them."""
+    def _logits(self, net, inputs, config):
+        """Start and end logits (2, batch, seq) under a config."""
         net.set_bit_config(config)
-        needed = self.objective.distill_hidden > 0 or self.objective.contrastive > 0
         with self.compute_loss_context_manager():
-            output = net(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], output_hidden_states=needed
-            )
-        return torch.stack([output.start_logits, output.end_logits]), output.hidden_states[-1] if needed else None
+            output = net(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        return torch.stack([output.start_logits, output.end_logits])
 
     def _loss_of_pass(self, logits, teachers, inputs, weight):
         """Cross-entropy + weight * sum of the distances to the teachers' logits."""
@@ -265,15 +212,6 @@ class AdaptiveLoRATrainer(QuestionAnsweringTrainer):
         if self.objective.distill_loss == "none":
             return loss
         return loss + weight * sum(self._distance(logits, teacher, mask) for teacher in teachers)
-
-    def _loss_of_hidden(self, hidden, highest, mask):
-        """What --distill_hidden and --contrastive add to the loss of a pass."""
-        loss = 0.0
-        if self.objective.distill_hidden:
-            loss = loss + self.objective.distill_hidden * hidden_mse(hidden, highest, mask)
-        if self.objective.contrastive:
-            loss = loss + self.objective.contrastive * contrastive_loss(hidden, highest, mask)
-        return loss
 
     def _distance(self, student, teacher, mask):
         if self.objective.distill_loss == "mse":

@@ -45,8 +45,7 @@ def check_args(model_args, objective_args, training_args):
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise UserError("nothing to do: pass --do_train, --do_eval or --do_predict")
     check_bank(model_args)
-    number = len(model_args.bit_configs or model_args.bit_widths)
-    objective_args.check(None if model_args.bit_configs else model_args.bit_widths, number)
+    objective_args.check(None if model_args.bit_configs else model_args.bit_widths)
     if training_args.fsdp or training_args.deepspeed:
         raise UserError("--fsdp and --deepspeed shard the model; here every process needs all of it")
 

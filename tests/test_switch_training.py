@@ -187,48 +187,6 @@ def test_padding_gets_no_gradient_and_no_mass():
     assert training.qa_cross_entropy(student, labels, mask).item() == pytest.approx(sum(unpadded).item() / 3)
 
 
-def test_hidden_mse_by_hand():
-    """Two windows of 2 and 1 tokens; normalized (3, 1) is (1, -1), whatever its scale; the last token is padding."""
-    student = torch.tensor([[[3.0, 1.0], [0.0, 8.0]], [[1.0, 3.0], [9.0, -9.0]]])
-    teacher = torch.tensor([[[6.0, 2.0], [5.0, -5.0]], [[7.0, 9.0], [0.0, 1.0]]])
-    mask = torch.tensor([[True, True], [True, False]])
-    found = training.hidden_mse(student, teacher, mask).item()
-    assert found == pytest.approx(((0 + 4) / 2 + 0) / 2, rel=1e-4), "(0, 8) is (-1, 1) and (5, -5) is (1, -1)"
-
-
-def test_contrastive_loss_by_hand():
-    """Two tokens at right angles, temperature 0.1: cosines 0.6 and 0.8 to their own state and to the other's."""
-    teacher = torch.tensor([[[5.0, 0.0], [0.0, 0.1], [3.0, 3.0]]])
-    student = torch.tensor([[[3.0, 4.0], [6.0, 8.0], [0.0, 7.0]]])
-    mask = torch.tensor([[True, True, False]])
-    expected = (math.log(1 + math.exp(2)) + math.log(1 + math.exp(-2))) / 2
-    assert training.contrastive_loss(student, teacher, mask).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_contrastive_loss_takes_evenly_spaced_tokens_where_there_are_many():
-    torch.manual_seed(0)
-    student, teacher = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
-    mask = torch.arange(5) < torch.tensor([[4], [5]])  # tokens 0-3 and 5-9 of the flattened batch
-    chosen = torch.tensor([[0, 2, 5, 7]])  # of 9 the numbers 0, 2, 4, 6
-    few = [states.flatten(0, 1)[chosen] for states in (student, teacher)]
-    expected = training.contrastive_loss(*few, torch.ones(1, 4, dtype=torch.bool))
-    assert torch.equal(training.contrastive_loss(student, teacher, mask, most=4), expected)
-    everything = [training.contrastive_loss(student, teacher, mask, most=most) for most in (9, 1000)]
-    assert everything[0] == everything[1] != expected
-
-
-def test_padding_counts_in_no_loss_of_hidden_states():
-    torch.manual_seed(0)
-    student, teacher = torch.randn(3, 5, 8).requires_grad_(), torch.randn(3, 5, 8)
-    mask = torch.arange(5) < torch.tensor([[5], [3], [1]])
-    for function in (training.hidden_mse, training.contrastive_loss):
-        loss = function(student, teacher, mask)
-        (grad,) = torch.autograd.grad(loss, student)
-        assert grad.isfinite().all() and not grad[~mask].any() and grad[mask].any()
-        padded = [F.pad(states.detach(), (0, 0, 0, 2), value=3.0) for states in (student, teacher)]
-        assert function(*padded, F.pad(mask, (0, 2))).item() == pytest.approx(loss.item(), rel=1e-6)
-
-
 @pytest.fixture
 def cascade(monkeypatch):
     """cascade(logits, labels, weight): the losses of the trainer's own loop, for given logits of its passes."""
@@ -237,7 +195,7 @@ def cascade(monkeypatch):
         trainer, passes, losses = object.__new__(training.AdaptiveLoRATrainer), iter(logits), []
         trainer.objective = training.ObjectiveArguments(distill_weight=weight)
         trainer.accelerator = types.SimpleNamespace(backward=lambda loss: losses.append(loss * len(logits)))
-        monkeypatch.setattr(trainer, "_outputs", lambda *_: (next(passes), None), raising=False)
+        monkeypatch.setattr(trainer, "_logits", lambda *_: next(passes), raising=False)
         monkeypatch.setattr(training, "qa_cross_entropy", lambda z, *_: F.cross_entropy(z, labels))
         monkeypatch.setattr(trainer, "_distance", lambda z, teacher, mask: F.mse_loss(z, teacher), raising=False)
         batch = dict.fromkeys(("attention_mask", "start_positions", "end_positions"), torch.zeros(1))
@@ -348,7 +306,6 @@ def adam_gradient(checkpoint):
     [
         ((), ["W8A8KV8", "W4A4KV4"], 6),
         (("--bf16", "--teacher", "--bit_widths", "4", "6", "8"), ["W8A8KV8", "W6A6KV6", "W4A4KV4"], 8),
-        (("--bf16", "--distill_hidden", "1", "--contrastive", "1", "--curriculum", "0.5"), ["W8A8KV8", "W4A4KV4"], 4),
         (("--objective", "random", "--distill_loss", "mse"), ["W8A8KV8", "W4A4KV4"], 2),
         (("--objective", "sequential"), ["W8A8KV8", "W4A4KV4"], 3),
         (("--bit_configs", "W4A4KV4", str(ROOT / "configs/attn8_mlp4.json")), ["attn8_mlp4", "W4A4KV4"], 4),
@@ -391,14 +348,10 @@ def test_untrained_model_is_the_post_training_quantized_model(make_trainer, tiny
             assert torch.equal(trainer.model(**inputs).start_logits, stock(**inputs).start_logits)
 
 
-@pytest.mark.parametrize(
-    ("distill_loss", "hidden", "contrastive"),
-    [("kl", 0, 0), ("mse", 0, 0), ("none", 0, 0), ("kl", 0.5, 0), ("none", 0, 0.4), ("kl", 0.5, 0.4)],
-)
-def test_joint_gradient_is_the_mean_of_the_passes_gradients(distill_loss, hidden, contrastive, make_trainer):
+@pytest.mark.parametrize("distill_loss", ["kl", "mse", "none"])
+def test_joint_gradient_is_the_mean_of_the_passes_gradients(distill_loss, make_trainer):
     """Against losses that are written out here, all in one graph, with teachers kept apart by detach."""
-    flags = ("--distill_loss", distill_loss, "--distill_weight", "0.7", "--distill_temperature", "3")
-    trainer = make_trainer(*flags, "--distill_hidden", hidden, "--contrastive", contrastive)
+    trainer = make_trainer("--distill_loss", distill_loss, "--distill_weight", "0.7", "--distill_temperature", "3")
     model, inputs = trainer.model, dict(first_batch(trainer))
     for layer in model.quant_layers().values():  # B = 0 would hide the adapters' A
         for adapter in layer.lora_B.values():
@@ -407,23 +360,13 @@ def test_joint_gradient_is_the_mean_of_the_passes_gradients(distill_loss, hidden
     for key in ("start_positions", "end_positions"):
         inputs[key] = inputs[key].clamp(max=inputs["input_ids"].shape[1] - 4)  # no label on what is now padding
     loss, found = step(trainer, inputs)
-    mask, logits, losses, highest = inputs["attention_mask"].bool(), [], [], None
+    mask, logits, losses = inputs["attention_mask"].bool(), [], []
     model.zero_grad()
     for _, config in trainer.step_configs(0):
         model.set_bit_config(config)
-        with_states = {"output_hidden_states": True}
-        output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **with_states)
+        output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         pair = [z.masked_fill(~mask, -1e30) for z in (output.start_logits, output.end_logits)]
-        total, states = 0, output.hidden_states[-1]
-        if logits:
-            s, t = ((h - h.mean(-1, keepdim=True)) / (h.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
-                    for h in (states, highest))  # fmt: skip
-            squares = torch.where(mask, (s - t).square().mean(-1), 0)
-            total = total + hidden * (squares.sum(-1) / mask.sum(-1)).mean()
-            cosines = F.cosine_similarity(states[mask][:, None], highest[mask][None], dim=-1)
-            total = total - contrastive * (cosines / 0.1).log_softmax(-1).diagonal().mean()
-        else:
-            highest = states.detach()
+        total = 0
         for z, key, side in zip(pair, ("start_positions", "end_positions"), (0, 1), strict=True):
             total = total + F.cross_entropy(z, inputs[key]) / 2
             for teacher in logits:
@@ -444,9 +387,8 @@ def test_joint_gradient_is_the_mean_of_the_passes_gradients(distill_loss, hidden
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-7, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.parametrize("flags", [(), ("--distill_hidden", "1", "--contrastive", "1")])
-def test_every_pass_is_sent_backward_before_the_next_one(flags, make_trainer, monkeypatch):
-    trainer, events = make_trainer("--teacher", *flags), []
+def test_every_pass_is_sent_backward_before_the_next_one(make_trainer, monkeypatch):
+    trainer, events = make_trainer("--teacher"), []
     backward = trainer.accelerator.backward
     trainer.model.register_forward_pre_hook(lambda *_: events.append("forward"))
     monkeypatch.setattr(trainer.accelerator, "backward", lambda loss: events.append("backward") or backward(loss))
@@ -497,9 +439,8 @@ def test_gradient_accumulation_equals_one_large_batch(run, tmp_path, squad_files
     assert losses[0]["loss"] == pytest.approx(statistics.mean(passes), rel=1e-5)
 
 
-@pytest.mark.parametrize("flags", [(), ("--distill_hidden", "1", "--contrastive", "1")])
-def test_gradient_checkpointing_recomputes_with_the_right_bits(flags, make_trainer):
-    plain, checkpointed = make_trainer(*flags), make_trainer(*flags)
+def test_gradient_checkpointing_recomputes_with_the_right_bits(make_trainer):
+    plain, checkpointed = make_trainer(), make_trainer()
     checkpointed.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     checkpointed.model.load_state_dict(plain.model.state_dict())
     inputs = first_batch(plain)
@@ -582,16 +523,6 @@ def test_joint_training_learns_at_every_width(run, tmp_path, squad_files, monkey
     assert joint["eval_f1_W3A3KV3"] > after["eval_f1"] + 20, (joint, after)
 
 
-@pytest.mark.parametrize("flag", ["--distill_hidden", "--contrastive"])
-def test_losses_of_hidden_states_bring_the_widths_together(flag, run, tmp_path, monkeypatch):
-    """Cross-entropy taken away: what is left to learn is that 3 bits give the states of 8 bits, and the term falls."""
-    monkeypatch.setattr(training, "qa_cross_entropy", lambda logits, *_: logits.sum() * 0)
-    flags = ("--bit_widths", "3", "8", "--num_mixed_configs", "0", "--distill_loss", "none", flag, "1")
-    run(*flags, "--max_train_samples", "8", "--max_steps", "30", "--logging_steps", "5", "--learning_rate", "1e-2")
-    logged = [entry["loss_W3A3KV3"] for entry in history(tmp_path / "out") if "loss_W3A3KV3" in entry]
-    assert logged[-1] < 0.7 * logged[0], logged
-
-
 # ---- resume
 
 STEPS = ("--max_steps", "4", "--save_steps", "2", "--curriculum", "0.5")
@@ -666,7 +597,6 @@ def torchrun(*flags, processes):
         (3, 4, 1, 1, ()),  # rank 1 has nothing but duplicates
         (11, 2, 2, 2, ()),  # the second window of an epoch: a full micro-batch and 3 of 4
         (7, 2, 1, 2, ("--gradient_checkpointing", "--objective", "random")),  # one adapter a step
-        (7, 4, 1, 1, ("--distill_hidden", "1")),
     ],
 )
 def test_two_processes_equal_one_with_the_batch_of_both(samples, batch, accumulated, steps, extra, qa_words, tmp_path):
@@ -712,12 +642,6 @@ def test_two_processes_equal_one_with_the_batch_of_both(samples, batch, accumula
         (("--objective", "alternate"), "allowed are joint, random, sequential"),
         (("--distill_loss", "l1"), "allowed are kl, mse, none"),
         (("--distill_weight", "-1"), "must not be negative"),
-        (("--distill_hidden", "-1"), "--distill_hidden -1.0: must not be negative"),
-        (("--contrastive", "-0.5"), "--contrastive -0.5: must not be negative"),
-        (("--distill_hidden", "1", "--bit_widths", "8"), "at two widths or configs, and there is one"),
-        (("--contrastive", "1", "--bit_configs", "W4A8KV8"), "at two widths or configs, and there is one"),
-        (("--contrastive", "1", "--objective", "sequential"), "--objective sequential has one"),
-        (("--distill_hidden", "1", "--objective", "random"), "--objective random has one"),
         (("--num_mixed_configs", "-1"), "must not be negative"),
         (("--distill_temperature", "0"), "must be positive"),
         (("--curriculum", "2"), "a fraction"),

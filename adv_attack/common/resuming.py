@@ -57,7 +57,6 @@ EVALUATION = set(
 )
 # What flags meant to runs that are older than they are.
 YOUNGER = {"version_2_with_negative": False, "null_score_diff_threshold": 0.0}
-YOUNGER |= {"distill_hidden": 0.0, "contrastive": 0.0}
 
 
 def run_settings(*arguments):
