@@ -158,7 +158,7 @@ def test_the_time_left_is_that_of_the_committed_records(tmp_path):
 
 
 def test_ctrl_c_waits_for_the_command_that_runs(tmp_path):
-    saves = "trap 'sleep 0.5; touch {work}/saved; exit 1' INT; touch {work}/ready; sleep 60 & wait"
+    saves = "trap 'sleep 0.5; touch {work}/saved; exit 1' INT; touch {work}/ready; while true; do sleep 0.1; done"
     settings = {"work": str(tmp_path), "model": "gpt2", "seed": 1, "steps": ["lora_fp32"], "prepare": [saves]}
     (tmp_path / "mine.json").write_text(json.dumps(settings))
     command = [sys.executable, ROOT / "reproduce" / "run.py", tmp_path / "mine.json"]
