@@ -3,6 +3,7 @@
 That the commands of the steps are understood is tested in test_readme_commands.py.
 """
 
+import functools
 import json
 import os
 import signal
@@ -162,7 +163,8 @@ def test_ctrl_c_waits_for_the_command_that_runs(tmp_path):
     settings = {"work": str(tmp_path), "model": "gpt2", "seed": 1, "steps": ["lora_fp32"], "prepare": [saves]}
     (tmp_path / "mine.json").write_text(json.dumps(settings))
     command = [sys.executable, ROOT / "reproduce" / "run.py", tmp_path / "mine.json"]
-    process = subprocess.Popen(command, start_new_session=True)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job's children ignore it
+    process = subprocess.Popen(command, start_new_session=True, preexec_fn=heard)
     while not (tmp_path / "ready").exists():
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
