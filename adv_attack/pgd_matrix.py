@@ -94,8 +94,11 @@ def check_args(args):
         raise UserError(f"--margin {args.margin}: must be a number above 0")
 
 
-def load_trained(task, model_args, tokenizer):
-    """The trained model, frozen, in evaluation mode. Raises UserError: of another task, or exported."""
+def load_trained(task, model_args, data_args):
+    """(tokenizer, frozen model in evaluation mode). Raises UserError: of another task, exported, or SQuAD v2."""
+    if getattr(data_args, "version_2_with_negative", False):
+        raise UserError("--version_2_with_negative: attacked are questions that have an answer (SQuAD v1.1)")
+    tokenizer = load_tokenizer(model_args)
     if task == "classification":
         model = load_classifier(model_args, tokenizer)
     else:
@@ -108,7 +111,7 @@ def load_trained(task, model_args, tokenizer):
         raise UserError(
             f"{name} is an exported checkpoint, whose integers have no gradients: attack the one it was made from"
         )
-    return model.requires_grad_(False).eval().to(DEVICE)
+    return tokenizer, model.requires_grad_(False).eval().to(DEVICE)
 
 
 def set_task_quantizer(model, tokenizer, model_args, data_args, args):
@@ -222,10 +225,7 @@ def main():
     model_args, data_args, args = parse_args(CheckpointArguments, DATA[asked_task()], MatrixArguments)
     setup_logging(types.SimpleNamespace(process_index=0))
     check_args(args)
-    if getattr(data_args, "version_2_with_negative", False):
-        raise UserError("--version_2_with_negative: attacked are questions that have an answer (SQuAD v1.1)")
-    tokenizer = load_tokenizer(model_args)
-    model = load_trained(args.task, model_args, tokenizer)
+    tokenizer, model = load_trained(args.task, model_args, data_args)
     members = resolve_set(model, args.precision_set)
     configs = resolve_configs(model, [*args.further_bits, *args.precision_set])
     items = ITEMS[args.task](model, tokenizer, model_args, data_args, args)

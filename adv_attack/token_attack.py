@@ -31,7 +31,7 @@ from common.arguments import CheckpointArguments, option
 from common.calibration import quantizer_label
 from common.checksums import model_checksum
 from common.flags import parse_args
-from common.loading import load_tokenizer, resolve_configs
+from common.loading import resolve_configs
 from common.record import read_state, relative_path, run_record, write_json_atomic, write_state, write_text_atomic
 from common.script import plain_errors, setup_logging
 from models.errors import UserError
@@ -237,10 +237,7 @@ def main():
     model_args, data_args, args = parse_args(CheckpointArguments, DATA[asked_task()], TokenArguments)
     setup_logging(types.SimpleNamespace(process_index=0))
     check_args(args)
-    if getattr(data_args, "version_2_with_negative", False):
-        raise UserError("--version_2_with_negative: attacked are questions that have an answer (SQuAD v1.1)")
-    tokenizer = load_tokenizer(model_args)
-    model = load_trained(args.task, model_args, tokenizer)
+    tokenizer, model = load_trained(args.task, model_args, data_args)
     fluency = None
     if args.fluency_model:
         fluency = load_language_model("fluency_model", args.fluency_model, model, model_args)

@@ -160,19 +160,18 @@ def shown(scales, bench, folder):
     first = [scale for scale in scales if scale["variant"] or scale is scales[0]]
     groups = [first, [scale for scale in scales if scale not in first]]
     lack = f"; {scales[0]['title']}: not measured"
-    found, pictures = {}, {}
+    found, pictures = dict.fromkeys(tables_of(scales[0])), dict.fromkeys(figures.ALL)
     for group, note in zip(groups, ("", lack)):
         each = [(scale["title"], tables_of(scale)) for scale in group]
         for name, (_, keys) in each[0][1].items() if each else ():
-            if not found.get(name) and (one := tables.beside([(title, made[name][0]) for title, made in each], keys)):
+            if not found[name] and (one := tables.beside([(title, made[name][0]) for title, made in each], keys)):
                 found[name] = one | {"of": one["of"] + note}
         for name, draw in figures.ALL.items():
             timed = [scale | {"times": bench["times"]} for scale in group]
-            if not pictures.get(name) and timed and (drawn := draw(timed, folder / f"{name}.svg")):
+            if not pictures[name] and timed and (drawn := draw(timed, folder / f"{name}.svg")):
                 of = " and ".join(scale["title"] for scale in drawn)
                 pictures[name] = {"path": f"{name}.svg", "of": of + note}
-    names = tables_of(scales[0])
-    return {name: found.get(name) for name in names}, {name: pictures.get(name) for name in figures.ALL}
+    return found, pictures
 
 
 def robust(records):

@@ -93,6 +93,12 @@ def table(header, rows):
     return {"header": header, "rows": rows} if rows else None
 
 
+def numbered(rows, keys):
+    """[(first cells, how many rows before have the same)] of the rows, so that none hides another."""
+    names = [tuple(row[:keys]) for row in rows]
+    return [(name, names[:place].count(name)) for place, name in enumerate(names)]
+
+
 def beside(found, keys):
     """One table of several scales: rows joined on their first cells, the other columns once a scale.
 
@@ -102,10 +108,10 @@ def beside(found, keys):
     if len(found) < 2:
         return found[0][1] | {"of": found[0][0]} if found else None
     order, header = [], found[0][1]["header"][:keys]
-    for title, one in found:
+    values = [dict(zip(numbered(one["rows"], keys), one["rows"], strict=True)) for _, one in found]
+    for (title, one), own in zip(found, values, strict=True):
         place = 0
-        for row in one["rows"]:
-            key = tuple(row[:keys])
+        for key in own:
             if key in order:
                 place = order.index(key) + 1
             else:  # after the row that stands before it in its own table
@@ -113,10 +119,10 @@ def beside(found, keys):
                 place += 1
         first, *others = one["header"][keys:]
         header = [*header, f"{title}: {first}", *others]
-    rows = [list(key) for key in order]
-    for _, one in found:
-        values = {tuple(row[:keys]): row[keys:] for row in one["rows"]}
-        rows = [row + values.get(key, ["-"] * len(one["header"][keys:])) for key, row in zip(order, rows)]
+    rows = [list(key[0]) for key in order]
+    for (_, one), own in zip(found, values, strict=True):
+        none = ["-"] * len(one["header"])
+        rows = [row + own.get(key, none)[keys:] for key, row in zip(order, rows, strict=True)]
     return {"header": header, "rows": rows, "of": " and ".join(title for title, _ in found)}
 
 

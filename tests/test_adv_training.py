@@ -1,7 +1,6 @@
 """Adversarial training and PGD matrices: the attack by hand and on tiny models, training, resuming, statistics."""
 
 import json
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from conftest import ROOT, experiment, parse_flags
-from test_adv_attack import make_rows
+from test_adv_attack import SMALL, call, make_rows, read
 
 with experiment("adv_attack"):
     import adversarial_training
@@ -22,18 +21,6 @@ with experiment("adv_attack"):
     import pgd_report
     import pgd_tasks
     from models.execution import Execution
-
-SMALL = ["--use_cpu", "True", "--disable_tqdm", "True", "--report_to", "none", "--save_strategy", "no"]
-
-
-def call(module, *flags):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["x.py", *map(str, flags)])
-        module.main()
-
-
-def read(path):
-    return json.loads(pathlib.Path(path).read_text())
 
 
 # ---- PGD by hand

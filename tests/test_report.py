@@ -164,6 +164,10 @@ def test_tables_beside_each_other():
     joined = tables.beside([("one", first), ("none", None), ("two", second)], 1)
     assert joined["header"] == ["a", "one: x", "y", "two: x", "y"] and joined["of"] == "one and two"
     assert joined["rows"] == [["1", "p", "q", "t", "u"], ["2", "-", "-", "v", "w"], ["3", "r", "s", "-", "-"]]
+    twice = {"header": ["a", "x", "y"], "rows": [["1", "p", "q"], ["1", "r", "s"]]}
+    joined = tables.beside([("one", twice), ("two", second)], 1)
+    rows = [["1", "p", "q", "t", "u"], ["2", "-", "-", "v", "w"], ["1", "r", "s", "-", "-"]]
+    assert joined["rows"] == rows, "no row hides another"
     assert tables.beside([("one", first), ("two", None)], 1) == first | {"of": "one"}
     assert tables.beside([("one", None)], 1) is None
 

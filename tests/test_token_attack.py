@@ -2,9 +2,7 @@
 
 import contextlib
 import json
-import pathlib
 import shutil
-import sys
 import types
 
 import numpy as np
@@ -13,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from conftest import experiment
-from test_adv_attack import make_rows
+from test_adv_attack import SMALL, call, make_rows, read
 
 with experiment("adv_attack"):
     import adversarial_training
@@ -22,18 +20,6 @@ with experiment("adv_attack"):
     import token_attack
     import token_pgd
     from models.execution import Execution
-
-SMALL = ["--use_cpu", "True", "--disable_tqdm", "True", "--report_to", "none", "--save_strategy", "no"]
-
-
-def call(module, *flags):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["x.py", *map(str, flags)])
-        module.main()
-
-
-def read(path):
-    return json.loads(pathlib.Path(path).read_text())
 
 
 # ---- projections
