@@ -149,7 +149,7 @@ def token_results(rows, members, reference, control, args):
         if args.fluency_model:
             total, number = np.array(found["likelihoods"]).sum(0)
             perplexity[row] = float(np.exp(total / number)) if number else None
-    options = types.SimpleNamespace(repetitions=args.repetitions, seed=args.seed, margin=5.0, queries=[])
+    options = types.SimpleNamespace(repetitions=args.repetitions, seed=args.seed, margin=args.margin, queries=[])
     return {
         "matrix": transfer_matrix(tables),
         "random_precision": {row: random_inference(tables, row, members, options) for row in tables},

@@ -45,7 +45,7 @@ logger = logging.getLogger("token_attack")
 SURFACES = {"classification": ["text"], "qa": ["question", "distractor"]}
 STEPS = {"hotflip": None, "pgd": 20, "random": None}  # of an attack, by default; None: one a replacement
 RANDOM = "random tokens"
-REPORTING = ("output_dir", "repetitions", "num_bootstrap")  # no attack depends on them
+REPORTING = ("output_dir", "repetitions", "num_bootstrap", "margin")  # no attack depends on them
 
 
 @dataclasses.dataclass
@@ -73,6 +73,7 @@ class TokenArguments:
     fluency_model: str | None = option(None, "GPT-2 language model, same tokenizer: perplexity of the texts")
     repetitions: int = option(100, "sequences of draws of a precision per query")
     num_bootstrap: int = option(1000, "resamples of the intervals of F1")
+    margin: float = option(5.0, "points within which an effect counts as none")
     seed: int = option(42, "seed of all draws")
 
 
@@ -94,6 +95,8 @@ def check_args(args):
         raise UserError(f"--step_size {args.step_size}: must be a number above 0")
     if len(args.precision_set) < 2:
         raise UserError(f"--precision_set {args.precision_set[0]}: needs at least two precisions")
+    if not args.margin > 0:
+        raise UserError(f"--margin {args.margin}: must be a number above 0")
     if args.repetitions < 2:
         raise UserError(f"--repetitions {args.repetitions}: at least 2, random precision is a random variable")
 

@@ -425,9 +425,10 @@ def test_perplexity_by_hand():
         row: {"scores": {"a": [[1.0], [0.0]], "b": [[1.0], [1.0]]}, "likelihoods": found}
         for row, found in likelihoods.items()
     }
-    args = types.SimpleNamespace(fluency_model="m", repetitions=2, seed=0, num_bootstrap=5)
+    args = types.SimpleNamespace(fluency_model="m", repetitions=2, seed=0, num_bootstrap=5, margin=100.0)
     found = pgd_report.token_results(rows, ["a", "b"], "a", "x", args)
     assert found["perplexity"] == {"no attack": pytest.approx(4), "x": None}
+    assert found["random_precision"]["x"]["difference"]["verdict"] == "no effect larger than 100 points"
     cell = found["comparisons"]["x"]["b"]
     assert cell["reference"]["points"] == 50 and cell["clean_right"]["n"] == 2 and cell["control"]["mcnemar_p"] == 1
     assert found["comparisons"]["x"]["random precision (RPI)"]["reference"]["points"] == 25
@@ -456,6 +457,7 @@ def test_perplexity_by_hand():
         ("qa", ["--batch_size", "0"], "--batch_size 0: must be at least 1"),
         ("qa", ["--step_size", "0"], "--step_size 0.0: must be a number above 0"),
         ("qa", ["--repetitions", "1"], "--repetitions 1: at least 2"),
+        ("qa", ["--margin", "0"], "--margin 0.0: must be a number above 0"),
         ("qa", ["--version_2_with_negative"], "--version_2_with_negative: attacked are questions that have an answer"),
         ("qa", ["--num_replacements", "90"], "no context fits one window; allowed are more tokens"),
     ],
