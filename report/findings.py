@@ -293,7 +293,7 @@ def findings(scale):
         "search_mixed": searched_over_seeds(scale, "search_mixed"),
         "search_low": searched_over_seeds(scale, "search_lora"),
         "search_operands": searched_over_seeds(scale, "search_operands"),
-        "separator": compare(scale, ("separator_newline", None), ("separator_none", None)),
+        "separator": compare(scale, ("lora_fp32", None), ("separator_none", None)),
         "separator_space": compare(scale, ("separator_space", None), ("separator_none", None)),
     }
     none = ("cpt_gain", "cpt_widths", "eight_free", "rotation_free")

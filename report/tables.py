@@ -17,9 +17,8 @@ LABELS = {
     **{f"static_w{bits}_{q}": f"LoRA trained at {bits} bits" for bits in (8, 4) for q in ("minmax", "rotated")},
     "qlora_nf4": "LoRA beside an nf4 base (QLoRA; weights only)",
     **{f"qlora_w4_{q}": "LoRA beside a base at W4A16KV16 (weights only)" for q in ("minmax", "rotated")},
-    "separator_none": "LoRA, no separator after the question",
-    "separator_newline": "LoRA, newline after the question",
-    "separator_space": "LoRA, space after the question",
+    "separator_none": "LoRA, float32, nothing after the question (else a newline)",
+    "separator_space": "LoRA, float32, a space after the question",
 }
 SWITCHABLE = {
     "switch_eval": "joint, 4 bits join late",

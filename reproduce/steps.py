@@ -110,9 +110,10 @@ STEPS = {
         for quantizer in QUANTIZERS
     },
     "static_w4_rotated_fake": train("base_model", "--bit_widths 4 --quantizer rotated"),
+    # lora_fp32 has a newline between question and context
     **{
-        f"separator_{name}": train("base_model", "--add_lora", f"--question_separator '{text}'", "{+separator}")
-        for name, text in {"none": "", "newline": "\\n", "space": " "}.items()
+        f"separator_{name}": train("base_model", "--add_lora", f"--question_separator '{text}'")
+        for name, text in {"none": "", "space": " "}.items()
     },
     # SQuAD v2, of a made file: questions of v1.1, and the same of paragraphs that do not answer them
     "lora_v2": " && ".join(

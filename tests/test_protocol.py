@@ -167,6 +167,7 @@ def test_ctrl_c_waits_for_the_command_that_runs(tmp_path):
     process = subprocess.Popen(command, start_new_session=True, preexec_fn=heard)
     while not (tmp_path / "ready").exists():
         time.sleep(0.02)
+    time.sleep(1)  # a busy run.py may still be starting the command
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=20) == 130 and (tmp_path / "saved").exists()
 
