@@ -213,7 +213,7 @@ def test_without_a_compiler_torch_computes_the_same(compiler, monkeypatch, caplo
         assert not kernels.can_take(x) and not kernels.can_take(x)
     kernels.compiled.cache_clear()
     (record,) = caplog.records
-    assert f"no compiled kernels, so integer execution takes longer: {compiler}" in record.message
+    assert f"no compiled kernels, so integer execution and rotation take longer: {compiler}" in record.message
     gelu = TanhGELU(Execution("integer"))
     monkeypatch.setattr(kernels, "compiled", lambda: None)
     torch.testing.assert_close(gelu(x), F.gelu(x, approximate="tanh"), rtol=1e-6, atol=2e-7)
@@ -226,7 +226,7 @@ def test_what_the_kernels_take():
     with torch.enable_grad():
         assert not kernels.can_take(x)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not kernels.can_take(x)
+        assert not kernels.can_take(x) and kernels.can_take(x, autocast=True)
 
 
 def test_torch_compile_gets_torchs_operators(monkeypatch):

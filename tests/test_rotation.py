@@ -125,7 +125,7 @@ LEAST_SQUARES = {  # bits: scale, codes, squared error of ROW
 def passes(request, monkeypatch):
     """Both ways to compute: kernels.c, and torch's operators."""
     if request.param == "operators":
-        monkeypatch.setattr(kernels, "can_take", lambda *tensors: False)
+        monkeypatch.setattr(kernels, "can_take", lambda *tensors, **options: False)
     elif not shutil.which("cc"):
         pytest.skip("needs a C compiler")
     return request.param
@@ -148,7 +148,7 @@ def threads(request):
 def operators(function, *args):
     """function(*args) on torch's operators."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "can_take", lambda *tensors: False)
+        patch.setattr(kernels, "can_take", lambda *tensors, **options: False)
         return function(*args)
 
 
@@ -501,6 +501,23 @@ def test_bfloat16_and_autocast(passes):
 
 
 # ---- gradients
+
+
+@needs_compiler
+@pytest.mark.parametrize("execution", ["fake", "integer"])
+@pytest.mark.parametrize("kv", [False, True])
+def test_training_under_autocast_takes_the_kernels_and_changes_nothing(execution, kv, monkeypatch):
+    layer, x = at(make_layer(kv=kv), 4, 4, 4), tokens(9, 96)
+    calls = []
+    for name in ("hadamard", "quantize_rows"):
+        compiled = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *a, f=compiled, n=name: calls.append(n) or f(*a))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = gradients(layer, x, execution), operators(gradients, layer, x, execution)
+    assert found[0].dtype == torch.bfloat16 and all(map(torch.equal, found, expected))
+    tokens_by = "quantize_rows" if execution == "integer" else "hadamard"
+    heads = ["hadamard", "hadamard"] if kv else []
+    assert calls == [tokens_by, *heads, "hadamard"], "the last is of the gradient"
 
 
 def gradients(layer, x, execution, backward_dtype=None):

@@ -41,7 +41,7 @@ def hadamard(x, block, before=None, after=None):
             f"rows of {x.shape[-1]} in Hadamard blocks of {block}: must be a power of two that divides them"
         )
     x = x.float()
-    if kernels.can_take(x, *(factor for factor in (before, after) if factor is not None)):
+    if kernels.can_take(x, *(factor for factor in (before, after) if factor is not None), autocast=True):
         return kernels.hadamard(x.reshape(-1, x.shape[-1]), block, before, after).view(x.shape)
     y = x if before is None else x * before
     for distance in (2**i for i in range(block.bit_length() - 1)):

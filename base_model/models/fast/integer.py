@@ -121,6 +121,8 @@ def integer_linear(x, codes, scale, bias, a_bits, d=None, lora=None, kv_bits=Non
     quantize, finish = quantize_rows, finish_rows
     if kernels.can_take(x, y, *(() if lora is None else (lora_A, lora_Bt))):
         quantize, finish = kernels.quantize_rows, kernels.finish_rows
+    elif lora is None and kernels.can_take(x, autocast=True):
+        quantize = kernels.quantize_rows
     block = block_size(x.shape[-1])
     factors = None if d is None else d * block**-0.5
     piece = max(len(x), 1) if x.is_cuda else PIECE_TOKENS

@@ -56,19 +56,22 @@ def compiled():
     except (OSError, subprocess.CalledProcessError) as error:
         failed = isinstance(error, subprocess.CalledProcessError)
         reason = error.stderr.strip().partition("\n")[0] or f"exit status {error.returncode}" if failed else error
-        logger.warning("no compiled kernels, so integer execution takes longer: %s: %s", compiler, reason)
+        logger.warning("no compiled kernels, so integer execution and rotation take longer: %s: %s", compiler, reason)
         return None
     for name, signature in SIGNATURES.items():
         getattr(found, name).argtypes, getattr(found, name).restype = signature, None
     return found
 
 
-def can_take(*tensors):
-    """Whether the kernels compute on these: float32, on a CPU, last axis adjacent, no gradient, no autocast."""
+def can_take(*tensors, autocast=False):
+    """Whether the kernels compute on these: float32, on a CPU, last axis adjacent, no gradient.
+
+    autocast: also where it is on, as for what it leaves in float32.
+    """
     return (
         all(x.dtype == torch.float32 and x.device.type == "cpu" and x.stride(-1) == 1 for x in tensors)
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
+        and (autocast or not torch.is_autocast_enabled("cpu"))
         and not torch.compiler.is_compiling()
         and compiled() is not None
     )
