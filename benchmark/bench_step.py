@@ -100,12 +100,13 @@ def main():
             "W8A8KV8 + LoRA, integer, bf16 backward": (w8, (8,), False, ("integer", "bf16")),
             "W8A8KV8 + LoRA, integer, --bf16": (w8, (8,), True, ("integer",)),
         }
-    minmax = "joint, integer" if args.joint else "W8A8KV8 + LoRA, integer"
+    integer = "joint, integer" if args.joint else "W8A8KV8 + LoRA, integer"
+    pairs = {f"{minmax}, rotated": minmax for minmax in (integer, f"{integer}, --bf16") if args.rotated}
     if args.rotated:
         rotated = quantized_with_lora(config, *((4, 8) if args.joint else (8,)))
         set_random_rotations(rotated)
         models += (rotated,)
-        variants[f"{minmax}, rotated"] = (rotated, *variants[minmax][1:])
+        variants |= {name: (rotated, *variants[minmax][1:]) for name, minmax in pairs.items()}
     ids = torch.randint(0, config.vocab_size, (args.batch_size, args.length), device=args.device)
     labels = torch.randint(0, args.length, (2, args.batch_size), device=args.device)
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -137,10 +138,9 @@ def main():
         optimizers[model].zero_grad()
 
     seconds = timed_rounds(variants, prepare, step, args)
-    rows, rotation = print_table(seconds, "ratio", width=40), {}
-    if args.rotated:
-        rotation["rotated_over_minmax"] = print_ratio(seconds, f"{minmax}, rotated", minmax)
-    write_record(args, started, {"variants": rows, **rotation})
+    rows = print_table(seconds, "ratio", width=40)
+    ratios = {name: print_ratio(seconds, name, minmax) for name, minmax in pairs.items()}
+    write_record(args, started, {"variants": rows, **({"rotated_over_minmax": ratios} if ratios else {})})
 
 
 if __name__ == "__main__":

@@ -300,10 +300,16 @@ def test_rotated_is_timed_in_the_rounds_of_minmax(script, flags, pair, monkeypat
     module.main()
     metrics, printed = json.loads((tmp_path / "r.json").read_text())["metrics"], capsys.readouterr().out
     kind = "speeds" if script == "bench_forward" else "ratios"
-    over = [metrics["variants"][name][kind] for name in (f"{pair}, rotated", pair)]
-    found = [(b / a if kind == "speeds" else a / b) for a, b in zip(*over, strict=True)]
-    assert metrics["rotated_over_minmax"] == pytest.approx(found) and len(found) == 3
-    assert f"{pair}, rotated / {pair}: " in printed
+    given = metrics["rotated_over_minmax"]
+    given = {f"{pair}, rotated": given} if kind == "speeds" else given
+    assert list(given) == [f"{pair}{bf16}, rotated" for bf16 in ("", ", --bf16")[: len(given)]]
+    assert len(given) == (1 if kind == "speeds" else 2)
+    for name, ratios in given.items():
+        minmax = name.removesuffix(", rotated")
+        over = [metrics["variants"][variant][kind] for variant in (name, minmax)]
+        found = [(b / a if kind == "speeds" else a / b) for a, b in zip(*over, strict=True)]
+        assert ratios == pytest.approx(found) and len(found) == 3
+        assert f"{name} / {minmax}: " in printed
     if flags[:-1]:
         assert f"calibration on 2 windows of 180 tokens: {metrics['calibration_seconds']:.1f} s" in printed
 
