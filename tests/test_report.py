@@ -117,6 +117,15 @@ def test_two_scales_have_columns_of_their_own_and_seeds_give_verdicts(records, t
             for row in record.get("rows", []):
                 row["exact_match"] = score
             (small / f"{name}_{seed}.json").write_text(json.dumps(record))
+    newline = json.loads((small / "lora_fp32.json").read_text())
+    for name, points in {
+        "lora_fp32": (83, 84, 85),
+        "separator_none": (80, 81, 83),
+        "separator_space": (80, 82, 82),
+    }.items():
+        for suffix, seed, score in zip(("", "_43", "_44"), (42, 43, 44), points, strict=True):
+            record = newline | {"seed": seed, "metrics": newline["metrics"] | {"eval_exact_match": float(score)}}
+            (small / f"{name}{suffix}.json").write_text(json.dumps(record))
     split = {"metrics": {}, "data": {}, "seed": 0, "model": None}  # of split_squad.py, which draws nothing
     (small / "split.json").write_text(json.dumps(split))
     data, _ = built(small, tmp_path, "--stand_in", records)
@@ -125,6 +134,9 @@ def test_two_scales_have_columns_of_their_own_and_seeds_give_verdicts(records, t
     found = {scale["key"]: scale["findings"]["joint"] for scale in data["scales"]}
     assert found["small"]["verdict"] == "does not hold" and found["small"]["basis"] == "3 seeds"
     assert found["quickstart"]["verdict"] == "not shown" and "no interval" in found["quickstart"]["basis"]
+    separators = [data["scales"][0]["findings"][key] for key in ("separator", "separator_space")]
+    assert [found["verdict"] for found in separators] == ["holds", "not shown"]
+    assert separators[0]["gap"][0] == pytest.approx(8 / 3) and separators[1]["gap"][0] == pytest.approx(0)
 
 
 def test_a_variant_beside_the_records_gets_a_column(records, tmp_path):
