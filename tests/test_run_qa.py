@@ -3,6 +3,7 @@
 import functools
 import importlib
 import json
+import logging
 import os
 import pathlib
 import shlex
@@ -12,6 +13,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -357,7 +359,10 @@ def test_padding_is_on_the_right_and_evaluation_has_no_mask(run, tmp_path, tiny_
     shutil.copytree(tiny_model, folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"padding_side": "left"}))
-    assert AutoTokenizer.from_pretrained(folder).padding_side == "left"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.padding_side == "left"
+    config = json.loads((folder / "config.json").read_text()) | {"pad_token_id": tokenizer.eos_token_id}
+    (folder / "config.json").write_text(json.dumps(config))
     forward = QuantGPT2ForQuestionAnswering.forward
 
     @functools.wraps(forward)  # the trainer reads its signature
@@ -367,8 +372,13 @@ def test_padding_is_on_the_right_and_evaluation_has_no_mask(run, tmp_path, tiny_
 
     run(train=False, out="right")
     monkeypatch.setattr(QuantGPT2ForQuestionAnswering, "forward", spy)
+    logger, warned = logging.getLogger("transformers.modeling_utils"), []
+    monkeypatch.setattr(logger, "handlers", [*logger.handlers, handler := logging.Handler()])
+    handler.emit = lambda record: warned.append(record.getMessage())
+    transformers.utils.logging.warning_once.cache_clear()
     run("--pad_to_max_length", train=False, out="out", model=folder)
     assert masks and not any(mask is not None for mask in masks)
+    assert not any("mask" in text for text in warned), "there is no mistake"
     assert predictions(tmp_path / "out") == predictions(tmp_path / "right")
 
 

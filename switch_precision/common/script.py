@@ -23,6 +23,9 @@ def setup_logging(training_args):
     for name in ("httpx", "datasets", "bitsandbytes", "evaluate"):
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers.utils.logging.set_verbosity_warning()
+    # Evaluation leaves the mask out on purpose (`trainer_qa.prediction_step`); upstream warns of every padded batch.
+    upstream = logging.getLogger("transformers.modeling_utils")
+    upstream.addFilter(lambda record: "may be padded" not in record.getMessage())
     warnings.filterwarnings("ignore", message=".*pin_memory.*")  # of torch, on machines without a GPU
     warnings.filterwarnings("ignore", message=".*null_placement.*")  # of pyarrow, raised inside datasets
     if training_args.process_index != 0:
