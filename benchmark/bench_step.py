@@ -2,7 +2,7 @@
 
     python benchmark/bench_step.py                 # GPT-2 124M size, random weights, batch 4 x 384; about 3 minutes
     python benchmark/bench_step.py --joint         # one width against widths 8 and 4 with cascade distillation
-    python benchmark/bench_step.py --rotated       # also the rotated quantizer beside MinMax, on integers
+    python benchmark/bench_step.py --rotated       # also the rotated quantizer beside MinMax, on integers, both dtypes
 
 The variants run in turn, round by round, so that a machine that changes speed changes all of them; printed are the
 median seconds and the median of the round-wise ratio to the first variant. LoRA r 8, alpha 16 on all 48 linears, base

@@ -66,7 +66,7 @@ def compiled():
 def can_take(*tensors, autocast=False):
     """Whether the kernels compute on these: float32, on a CPU, last axis adjacent, no gradient.
 
-    autocast: also where it is on, as for what it leaves in float32.
+    Not where autocast is on, which would round elsewhere; with autocast=True also there: for what stays float32 in it.
     """
     return (
         all(x.dtype == torch.float32 and x.device.type == "cpu" and x.stride(-1) == 1 for x in tensors)
