@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 PUBLISHED = HERE.parent / "reproduce" / "published.json"
 TITLES = {  # by the name of the folder of records
     "quickstart": ("tiny stand-in", "made-up text; says nothing about GPT-2 on SQuAD"),
-    "small": ("small", "a small GPT-2 made here on real text; says nothing certain about GPT-2 124M"),
+    "small": ("small", "a small GPT-2 on real text; says nothing certain about GPT-2 124M"),
     "small_outliers": ("small, outliers", "another, with outlier channels put in before pretraining"),
     "gpt2": ("GPT-2", "the published weights"),
 }
@@ -85,6 +85,8 @@ def read_scale(folder, key):
     records = read_records(folder)
     summary = folder.parent / f"{folder.name}_seeds.json"
     title, note = TITLES.get(key, (key, ""))
+    if "--init_from" in records.get("pretrain", {}).get("command", ""):
+        note = f"{note}; it goes on from a model pretrained elsewhere"
     scale = {"key": key, "title": title, "note": note, "records": records, "variant": key.endswith(VARIANT)}
     scale["summary"] = read_if(summary)
     scale["n"] = scale["blocks"] = 0

@@ -228,7 +228,9 @@ class Steps:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", help="gpt2, small, tiny, or a JSON file of that form")
+    parser.add_argument(
+        "settings", help="a name in reproduce/settings (gpt2, small, tiny, ...), or a JSON file of that form"
+    )
     parser.add_argument("--work", help="folder of runs and records (default: that of the settings)")
     parser.add_argument("--seed", type=int, help="instead of the one of the settings")
     parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="run these alone")

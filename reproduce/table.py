@@ -107,7 +107,7 @@ def main():
         parser.add_argument(f"--{scale}", type=Path, default=ROOT / "results" / scale, help="folder of its records")
     parser.add_argument("--pages", type=Path, nargs="+", default=[], help="pages whose markers get the table")
     args = parser.parse_args()
-    small = {"small GPT-2 made here": args.small, "another, with outlier channels": args.small_outliers}
+    small = {"small GPT-2": args.small, "another, with outlier channels": args.small_outliers}
     text = table({"GPT-2 124M, ours": args.gpt2} | small)
     scale, robust = ({"records": records_of(folder)} for folder in (args.small, args.small_robust))
     attacks = {"distractor": distractor_table(scale), "words": words_table(robust["records"])}

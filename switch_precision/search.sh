@@ -11,6 +11,8 @@ source "$here/common.sh"
 NPROC_PER_NODE=1 count_processes
 data_flags squad TRAIN_FILE VALIDATION_FILE
 output="${OUTPUT_DIR:-$here/results/search}"
+budget=(--average_bits 6)
+if given weight_mb bitops; then budget=(); fi
 
 launch search.py \
     --model_name_or_path "${MODEL:-$here/results/train}" \
@@ -19,7 +21,7 @@ launch search.py \
     --per_device_eval_batch_size 32 \
     --seed 42 \
     --sensitivity_file "${SENSITIVITY_FILE:-$here/results/sensitivity/sensitivity.json}" \
-    --average_bits 6 \
+    ${budget[@]+"${budget[@]}"} \
     --num_random 10 \
     --output "$output/found.json" \
     --output_dir "$output"

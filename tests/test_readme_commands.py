@@ -18,7 +18,7 @@ from conftest import ROOT, load_script, parse_flags, save_tiny_tokenizer, stamp_
 
 EXPERIMENTS = ("base_model", "switch_precision", "cpt", "adv_attack", "language_model")
 FOLDERS = (*EXPERIMENTS, "benchmark", "quickstart", "reproduce", "report", "serving", "tests", "configs")
-PAGES = ["README.md", *(f"{folder}/README.md" for folder in FOLDERS if folder != "tests")]
+PAGES = ["README.md", "GUIDE.md", *(f"{folder}/README.md" for folder in FOLDERS if folder != "tests")]
 COMMAND = re.compile(r"(?:for .*; do )?(?:[A-Z_]+=\S+ )*(?:bash|python3?|torchrun) \S*\w\.(?:sh|py)\b")
 
 

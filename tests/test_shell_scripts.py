@@ -72,6 +72,9 @@ def flags_of(python_stub):
         ("benchmark/bench.sh", "--bit_configs=4", {}, {"bit_configs": ["4"], "random_weights": True}),
         ("benchmark/bench.sh", "", {}, {"bit_configs": ["8", "W4A8KV8"], "random_weights": True}),
         ("benchmark/bench.sh", "", BITS, {"bit_configs": ["W4A8KV8"], "random_weights": True}),
+        ("switch_precision/search.sh", "", {}, {"average_bits": 6.0, "weight_mb": None}),
+        ("switch_precision/search.sh", "--weight_mb 60", {}, {"average_bits": None, "weight_mb": 60.0}),
+        ("switch_precision/search.sh", "--bitops=0.5", {}, {"average_bits": None, "bitops": 0.5}),
         # data types on a GPU
         ("switch_precision/train.sh", "", GPU, {"bf16": True, "fp16": False}),
         ("switch_precision/train.sh", "--fp16", GPU, {"bf16": False, "fp16": True}),
