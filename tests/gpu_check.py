@@ -30,7 +30,8 @@ import json, math, sys
 record = json.load(open(sys.argv[1]))
 found = {name: value for name, value in record["metrics"].items() if isinstance(value, float)}
 print(record["dtype"], "world size", record["world_size"], record["device"], found)
-assert record["dtype"] == sys.argv[2] and found and all(map(math.isfinite, found.values())), record["metrics"]
+assert record["dtype"] == f"{sys.argv[2]}, evaluated in fp32", record["dtype"]
+assert found and all(map(math.isfinite, found.values())), record["metrics"]
 """
 
 

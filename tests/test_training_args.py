@@ -61,7 +61,7 @@ def history(folder):
 @pytest.mark.parametrize(
     ("flags", "dtype"),
     [
-        (("--bf16",), "bf16"),
+        (("--bf16",), "bf16, evaluated in fp32"),
         (("--bf16_full_eval",), "fp32, after training bf16_full_eval"),
         (("--bf16", "--bf16_full_eval"), "bf16, after training bf16_full_eval"),
         (("--bf16_full_eval", "--do_train", "False"), "bf16_full_eval"),
@@ -83,7 +83,8 @@ def test_the_record_says_what_a_cpu_computed_in(flags, dtype, run, monkeypatch):
     monkeypatch.setattr(run_qa.QuantGPT2ForQuestionAnswering, "forward", spy)
     assert run(*flags)["dtype"] == dtype
     half = torch.bfloat16 if "--bf16" in flags else torch.float32
-    evaluated = torch.bfloat16 if "--bf16_full_eval" in flags else half
+    float32 = "--bf16_full_eval" not in flags and "False" not in flags
+    evaluated = torch.float32 if float32 else torch.bfloat16 if "--bf16_full_eval" in flags else half
     assert seen == {(False, evaluated)} | ({(True, half)} if "False" not in flags else set())
 
 

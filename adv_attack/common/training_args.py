@@ -20,6 +20,7 @@ class TrainingArguments(transformers.TrainingArguments):
     """
 
     metrics = ("f1", "exact_match", "loss")  # of an evaluation; the first one chooses the best model
+    evaluates_in_float32 = True  # a model that trains in half precision (`trainer.prediction_step`)
 
     def __post_init__(self):
         if not torch.accelerator.is_available():
@@ -59,12 +60,16 @@ class TrainingArguments(transformers.TrainingArguments):
         """What a run of these arguments computes in, for its record."""
         half = "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
         full = next((flag for flag in FULL_EVAL if getattr(self, flag)), None)
-        if full and self.do_train:
-            return f"{half}, after training {full}" if self.do_eval or self.do_predict else half
-        return full or half
+        if not self.do_train:
+            return full or half
+        evaluates = self.do_eval or self.do_predict
+        if full and evaluates:
+            return f"{half}, after training {full}"
+        return f"{half}, evaluated in fp32" if evaluates and self.evaluates_in_float32 and half != "fp32" else half
 
     def refuse_full_eval(self):
         """For scripts whose own evaluation knows --bf16 and --fp16 (autocast) alone."""
+        self.evaluates_in_float32 = False
         for flag in FULL_EVAL:
             if getattr(self, flag):
                 raise UserError(f"--{flag}: this script evaluates in float32 or under --bf16")

@@ -59,6 +59,17 @@ class ResumableTrainer(Trainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
+    def prediction_step(self, model, *args, **kwargs):
+        """In float32 in a training with --bf16 or --fp16 too, as its checkpoint is evaluated later: without the
+        autocast that accelerate puts around `forward`."""
+        net = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        autocast = net.__dict__.pop("forward", None) if self.args.do_train else None
+        try:
+            return super().prediction_step(model, *args, **kwargs)
+        finally:
+            if autocast is not None:
+                net.forward = autocast
+
     def evaluation_loop(self, *args, **kwargs):
         """A data loader draws from torch's generator; the dropout of the next training step must not depend on it."""
         with torch.random.fork_rng(devices=[]):
