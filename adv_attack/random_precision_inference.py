@@ -51,7 +51,7 @@ class RandomPrecisionArguments:
     )
     precision_set: list[str] = option(["4", "8"], "the precisions that a query's is drawn from: widths or configs")
     inference_bits: list[str] = option(["32"], "further columns: fixed precisions outside the set")
-    bitsandbytes: list[str] = option([], "columns of another, weight-only quantizer: 8bit, nf4", aliases=["--bnb"])
+    bitsandbytes: list[str] = option([], "columns of another quantizer: 8bit, nf4", aliases=["--bnb"])
     repetitions: int = option(100, "independent sequences of draws")
     best_of: int | None = option(None, "hard samples that the best-of-N attacker may try (default: all that are kept)")
     seed: int = option(42, "seed of the draws")

@@ -50,7 +50,7 @@ class ModelArguments(arguments.ModelArguments):
         None, "nf4: training with --add_lora beside a frozen base in 4 bits (QLoRA); checkpoints remember it"
     )
     bitsandbytes: str | None = option(
-        None, "evaluate with the linears quantized by bitsandbytes: 8bit or nf4 (weight-only)", aliases=["--bnb"]
+        None, "evaluate with the linears quantized by bitsandbytes: 8bit or nf4", aliases=["--bnb"]
     )
 
 
@@ -71,7 +71,7 @@ def check_args(model_args, data_args, training_args):
         raise UserError(f"--bitsandbytes {model_args.bitsandbytes}: allowed are {', '.join(METHODS)}")
     ours = model_args.bit_widths or model_args.bit_config or model_args.quantizer
     if model_args.bitsandbytes and (training_args.do_train or ours):
-        why = "is weight-only quantization after training: no --do_train, no bits and no --quantizer of ours"
+        why = "is quantization after training: no --do_train, no bits and no --quantizer of ours"
         raise UserError(f"--bitsandbytes {why}")
     if model_args.base_quantization:
         flag = f"--base_quantization {model_args.base_quantization}"

@@ -83,8 +83,9 @@ def rows_of(model, configs, label, tokenizer, prompts, args, tokens, load):
         rows.append({"precision": name, "weight_bytes": size["weight_bytes"], "notes": label, **row})
     for method, text in LABELS.items() if args.bitsandbytes else ():
         other = quantize_with_bitsandbytes(load(), method)
+        size = kept_bytes(other)  # before a forward: a CPU then keeps nf4 in another form
         row = measure(other, tokenizer, prompts, dataclasses.replace(args, kv_cache="float"), tokens)
-        rows.append({"precision": method, "weight_bytes": kept_bytes(other), "notes": text, **row})
+        rows.append({"precision": method, "weight_bytes": size, "notes": text, **row})
     return rows
 
 

@@ -12,7 +12,7 @@ LABELS = {
         for bits in ("W8A8KV8", "W4A8KV8", "W4A4KV4", "hybrid")
         for q in ("minmax", "rotated")
     },
-    "bnb_8bit": "LoRA, then bitsandbytes int8 (weights only)",
+    "bnb_8bit": "LoRA, then bitsandbytes LLM.int8()",
     "bnb_nf4": "LoRA, then bitsandbytes nf4 (weights only)",
     **{f"static_w{bits}_{q}": f"LoRA trained at {bits} bits" for bits in (8, 4) for q in ("minmax", "rotated")},
     "qlora_nf4": "LoRA beside an nf4 base (QLoRA; weights only)",

@@ -119,10 +119,10 @@ def test_learns_and_low_bits_hurt(run, tmp_path, squad_files):
 
 
 @pytest.mark.parametrize("method", ["8bit", "nf4"])
-def test_bitsandbytes_is_a_labelled_weight_only_baseline(method, run, tmp_path):
+def test_bitsandbytes_is_a_labelled_baseline(method, run, tmp_path):
     run("--add_lora")
     record = run("--bitsandbytes", method, out="bnb", model=tmp_path / "out", train=False)
-    assert "weight-only" in record["bit_config"]["name"] and "eval_f1" in record["metrics"]
+    assert record["bit_config"]["name"].startswith("bitsandbytes") and "eval_f1" in record["metrics"]
 
 
 def test_predictions_do_not_depend_on_batches_or_padding(run, tmp_path):

@@ -23,6 +23,7 @@ def setup_logging(training_args):
     for name in ("httpx", "datasets", "bitsandbytes", "evaluate"):
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers.utils.logging.set_verbosity_warning()
+    logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # warns of float16 in every forward
     # Evaluation leaves the mask out on purpose (`trainer_qa.prediction_step`); upstream warns of every padded batch.
     upstream = logging.getLogger("transformers.modeling_utils")
     upstream.addFilter(lambda record: "may be padded" not in record.getMessage())

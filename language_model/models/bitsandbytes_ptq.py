@@ -1,9 +1,10 @@
 """Post-training quantization of the linears by bitsandbytes: another quantizer, for comparison only.
 
-Weight-only, unlike this repository's W-A-KV configs, so its numbers stand in columns of their own:
-- "8bit": int8 weights, one scale per output channel. On CUDA this is LLM.int8() (arXiv:2208.07339): there, activations
-  are rounded to int8 as well, except for outlier features (|x| > 6). On CPU bitsandbytes dequantizes the weights.
-- "nf4": NormalFloat 4-bit weights in blocks of 64 with double quantization (QLoRA, arXiv:2305.14314).
+K and V stay in float, unlike in this repository's W-A-KV configs, so its numbers stand in columns of their own:
+- "8bit" is LLM.int8() (arXiv:2208.07339): int8 weights, one scale per output channel; activations are float16 rounded
+  to int8 per token, except for outlier features (|x| > 6). In training mode a CPU dequantizes the weights instead.
+- "nf4" is weight-only: NormalFloat 4-bit in blocks of 64 with double quantization (QLoRA, arXiv:2305.14314). In
+  evaluation mode a CPU with bf16 computes it in bf16.
 """
 
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from .errors import UserError
 from .nf4 import METHOD, import_bitsandbytes
 
-LABELS = {"8bit": "bitsandbytes int8 (weight-only)", "nf4": "bitsandbytes nf4 + double quantization (weight-only)"}
+LABELS = {"8bit": "bitsandbytes LLM.int8()", "nf4": "bitsandbytes nf4 + double quantization (weight-only)"}
 METHODS = tuple(LABELS)
 
 
@@ -53,6 +54,6 @@ def quantize_with_bitsandbytes(model, method):
             base = bnb.nn.Linear4bit(in_features, out_features, compress_statistics=True, quant_type="nf4")
             base.weight = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4")
         base.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
-        # The move quantizes the weight, on CPU too.
-        model.set_submodule(name, BitsAndBytesLinear(base.to(device), layer))
+        # The move quantizes the weight, on CPU too. The mode decides how it computes.
+        model.set_submodule(name, BitsAndBytesLinear(base.to(device), layer).train(layer.training))
     return model
