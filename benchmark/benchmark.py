@@ -34,7 +34,14 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, os.path.join(ROOT, "base_model"))
 from common.arguments import option  # noqa: E402
 from common.flags import parse_args  # noqa: E402
-from common.record import atomic_path, relative_path, run_record, write_json_atomic, write_text_atomic  # noqa: E402
+from common.record import (  # noqa: E402
+    atomic_path,
+    device_name,
+    relative_path,
+    run_record,
+    write_json_atomic,
+    write_text_atomic,
+)
 from common.script import plain_errors  # noqa: E402
 from common.statistics import markdown_table  # noqa: E402
 from models.bit_config import describe_bit_config  # noqa: E402
@@ -296,6 +303,7 @@ def main():
         data={},
         seed=args.seed,
         wall_seconds=time.time() - start,
+        device=device_name(torch.device(args.device)),
         ratio="time / time of fp32" if args.training else "time of fp32 / time",
         lora_bank=model.config.lora_bank,
         rounds=args.rounds,

@@ -50,6 +50,7 @@ from common.record import (
     read_state,
     relative_path,
     run_record,
+    surroundings,
     write_json_atomic,
     write_state,
     write_text_atomic,
@@ -111,7 +112,8 @@ class Evaluator:
         )
         self.dtype = training_args.run_dtype
         names = ("max_seq_length", "doc_stride", "question_separator", "max_answer_length", "n_best_size")
-        self.identity = {  # what the answers depend on, besides the config
+        self.identity = {  # what answers and seconds depend on, besides the config
+            **surroundings(),
             "model_sha256": model_checksum(model),
             "tokenizer_sha256": tokenizer_checksum(tokenizer),
             "data": data_identity(self.examples),

@@ -24,18 +24,16 @@ venv="$(bash "$root/tests/make_venv.sh")"
 export PATH="$venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 cd "$root"  # records show commands and paths relative to here
 
-# Results of other code are not this code's results.
-sources() {
-    cat quickstart/*.py quickstart/run.sh quickstart/*.json reproduce/run.py reproduce/steps.py reproduce/settings/tiny.json
-    find base_model switch_precision cpt adv_attack -name results -prune -o -name "*.py" -print0 -o -name "*.sh" -print0 \
-        -o -name "*.[ch]" -print0 | LC_ALL=C sort -z | xargs -0 cat
-}
-code="$(sources | sha256sum | cut -d ' ' -f 1)-$seed"
+# Results of other code are not this code's results; those of seeds.sh it keeps, and tells apart itself.
+source quickstart/code.sh
+code="$(code_hash quickstart/run.sh)-$seed"
+mkdir -p "$work/runs"
 if [[ "$(cat "$work/code" 2>/dev/null || true)" != "$code" ]]; then
-    rm -rf -- "$work/runs" "$work/records" "$work/commands"
+    find "$work/runs" -mindepth 1 -maxdepth 1 ! -name seeds -exec rm -rf -- {} +
+    rm -rf -- "$work/records" "$work/commands"
     echo "$code" >"$work/code"
 fi
-mkdir -p "$work/runs" "$work/records"
+mkdir -p "$work/records"
 
 python3 reproduce/run.py tiny --work "$work" --seed "$seed" --jobs 2
 echo "plot of the search: $work/runs/search/pareto.png"

@@ -25,6 +25,13 @@ export PATH="$venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TRAIN_FILE="$work/data/train.json" VALIDATION_FILE="$work/data/dev.json" NPROC_PER_NODE=1
 export OMP_NUM_THREADS=1  # sums, and so trajectories, depend on it
 cd "$root"
+source quickstart/code.sh
+code="$(code_hash quickstart/seeds.sh)"
+mkdir -p "$work/seeds"
+if [[ -n "$(ls "$work/seeds")" && "$(cat "$work/seeds/code" 2>/dev/null || true)" != "$code" ]]; then
+    refuse "$work/seeds holds records of other code: move it and $work/runs/seeds away"
+fi
+echo "$code" >"$work/seeds/code"
 read -ra seeds <<<"${SEEDS:-42 43 44}"
 common=(--max_seq_length 256 --per_device_eval_batch_size 64 --report_to none)
 training=(--logging_steps 100 --eval_strategy no --save_steps 400)

@@ -10,6 +10,7 @@ reproduce/run.sh and quickstart/run.sh call it, once at a time.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -25,6 +26,12 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ("description", "work", "model", "classifier_model", "train_file", "validation_file", "hybrid", "results")
 KEYS = (*TEXTS, "seed", "environment", "flags", "prepare", "steps", "finish")
 NAME = re.compile(r"\{(\+?\w+)\}")
+OF_SCRIPTS = (
+    "BIT_CONFIG",
+    "DATASET",
+    "ATTACK_BITS",
+    "REFERENCE_MODEL",
+)  # of the user's shell; steps say what they mean
 FLAGS = {name[1:] for command in STEPS.values() for name in NAME.findall(command) if name.startswith("+")}
 
 
@@ -124,6 +131,31 @@ def around(settings, path, work, key):
         ) from None
 
 
+def inputs_of(settings, prepare):
+    """{name: sha256} of the files that environment variables name, and the commands that prepare others."""
+    steps = [step for entry in settings["steps"] for step in (entry["steps"] if isinstance(entry, dict) else [entry])]
+    text = json.dumps(settings) + " ".join(STEPS[step] for step in steps)
+    inputs = {"prepare": prepare}
+    for name in sorted(filter(str.isupper, set(NAME.findall(text)))):
+        path = os.environ.get(name, "")
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                inputs[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return inputs
+
+
+def keep_inputs(path, inputs):
+    """Note the inputs in a file. Exits where an earlier call noted others: what is done has read those."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name in sorted(before.keys() & inputs):
+        if before[name] != inputs[name]:
+            what = "prepare" if name == "prepare" else f"{name}={os.environ[name]}"
+            sys.exit(
+                f"error: {what}: not what the steps in {path.parents[1]} have read: put it back, or set another WORK"
+            )
+    path.write_text(json.dumps(before | inputs, indent=2), encoding="utf-8")
+
+
 def seconds_of(records, name):
     """What a record says that its step took, or None."""
     path = records / f"{name}.json"
@@ -159,7 +191,7 @@ def execute(commands, environment):
 
 
 class Steps:
-    """Runs the steps of a plan that have no record yet, at most `jobs` at a time, each after those that it needs."""
+    """Runs the steps of a plan that are not done, at most `jobs` at a time, each after those that it needs."""
 
     def __init__(self, steps, folder, work, jobs, committed, environment):
         self.folder, self.jobs, self.committed, self.environment = folder, jobs, committed, environment
@@ -167,14 +199,27 @@ class Steps:
         self.places = {name: f"reproduce: [{index}/{len(steps)}] {name}" for index, (name, _) in enumerate(steps, 1)}
         paths = re.compile(rf"{re.escape(work)}/(?:runs|records)/(\w+)")
         self.needs = {name: set(paths.findall(command)) - {name} for name, command in steps}
-        for name, _ in steps:
-            if self.record(name).exists():
-                print(f"{self.places[name]} is done", flush=True)
-        self.waiting = {name: command for name, command in steps if not self.record(name).exists()}
+        self.waiting = {name: command for name, command in steps if not self.done(name)}
+        for name, place in self.places.items():
+            if name not in self.waiting:
+                print(f"{place} is done", flush=True)
+            elif self.record(name).exists():
+                print(f"{place} is made anew: what it needs has changed", flush=True)
         self.running = {}  # name: (process, when it was started)
 
     def record(self, name):
         return self.folder / "records" / f"{name}.json"
+
+    def done(self, name):
+        """Whether the step has a record, which is not older than those of what it needs, which are done."""
+        if not self.record(name).exists():
+            return False
+        made = self.record(name).stat().st_mtime_ns
+        needs = [need for need in self.needs[name] if need in self.places or self.record(need).exists()]
+        return all(
+            (need not in self.places or self.done(need)) and self.record(need).stat().st_mtime_ns <= made
+            for need in needs
+        )
 
     def log(self, name):
         return self.folder / "logs" / f"{name}.txt"
@@ -195,7 +240,7 @@ class Steps:
         process, began = self.running.pop(name)
         self.seconds.append(time.time() - began)
         fault = f"{name} failed (exit {process.returncode})" if process.returncode else None
-        if fault is None and not self.record(name).exists():
+        if fault is None and not self.done(name):
             fault = f"{name} wrote no record: {self.record(name)}"
         if fault:
             self.status = self.status or process.returncode or 1
@@ -208,7 +253,7 @@ class Steps:
         """The exit status: 0, or that of the first that failed; steps that do not need it have run all the same."""
         try:
             while True:
-                unfinished = {name for name in self.places if not self.record(name).exists()}
+                unfinished = {name for name in self.places if not self.done(name)}
                 for name in [name for name in self.waiting if not self.needs[name] & unfinished]:
                     if len(self.running) < self.jobs:
                         self.begin(name)
@@ -259,7 +304,8 @@ def main():
         print(*prepare, *(command for _, command in steps), *finish, sep="\n")
         return
 
-    environment = os.environ | settings.get("environment", {})
+    environment = {name: value for name, value in os.environ.items() if name not in OF_SCRIPTS}
+    environment |= settings.get("environment", {})
     for name in ("runs", "records", "commands", "logs"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for name, command in steps:
@@ -268,6 +314,7 @@ def main():
             sys.exit(
                 f"error: {begun}: {name} was begun by another command: put the settings back, or remove its files"
             )
+    keep_inputs(folder / "commands" / "inputs.json", inputs_of(settings, prepare))
     execute(prepare, environment)
     committed = ROOT / settings.get("results", "results")
     if status := Steps(steps, folder, work, args.jobs, committed, environment).run():

@@ -106,6 +106,46 @@ def test_dry_run_and_only(protocol, tmp_path, capfd):
     assert "--only x: not in" in protocol("--only", "x")
 
 
+def test_a_step_is_made_anew_after_one_that_it_needs(protocol, tmp_path, capfd):
+    steps = ["first", "second", "alone"]
+    assert protocol(steps=steps) == 0
+    records = tmp_path / "my work" / "records"
+    (records / "first.json").unlink()
+    assert protocol("--only", "first", steps=steps) == 0
+    os.utime(records / "first.json", ns=(later := (records / "second.json").stat().st_mtime_ns + 10**9, later))
+    capfd.readouterr()
+    (tmp_path / "my work" / "one").touch()
+    assert protocol("--only", "second", steps=steps) == 1, "its new record is older than that of its need still"
+    os.utime(records / "first.json", ns=(later - 2 * 10**9, later - 2 * 10**9))
+    (records / "second.json").unlink()
+    assert protocol(steps=steps) == 0
+    assert [line.split()[0] for line in log(tmp_path)] == ["first", "second", "alone", "first", "second", "second"]
+    assert "second is made anew: what it needs has changed" in capfd.readouterr().out
+
+
+def test_what_was_made_of_a_missing_step_is_made_anew(protocol, tmp_path):
+    assert protocol() == 0
+    (tmp_path / "my work" / "records" / "first.json").unlink()
+    assert protocol() == 0 and len(log(tmp_path)) == 4
+
+
+def test_other_input_files_are_not_mixed(protocol, tmp_path, monkeypatch):
+    (tmp_path / "text.json").write_text('{"wall_seconds": 1}')
+    monkeypatch.setenv("A_FILE", str(tmp_path / "text.json"))
+    more = {"steps": ["home"], "prepare": ["touch {work}/ready"]}
+    assert protocol(**more) == 0 and protocol(**more) == 0
+    assert "error: prepare: not what the steps in" in protocol(**more | {"prepare": ["touch {work}/other"]})
+    assert not (tmp_path / "my work" / "other").exists()
+    (tmp_path / "text.json").write_text('{"wall_seconds": 2}')
+    assert f"error: A_FILE={tmp_path}/text.json: not what the steps in" in protocol(**more)
+
+
+def test_variables_of_the_users_shell_do_not_reach_the_steps(protocol, tmp_path, monkeypatch):
+    monkeypatch.setenv("BIT_CONFIG", "4")
+    monkeypatch.setitem(STEPS, "bits", "echo bits=${BIT_CONFIG:-} >>{work}/log; cp {work}/one {record}")
+    assert protocol(steps=["bits"]) == 0 and log(tmp_path) == ["bits="]
+
+
 def test_results_of_other_settings_are_not_mixed(protocol, tmp_path):
     assert protocol() == 0
     assert "first was begun by another command" in protocol(flags={"training": "--max_steps 9"})

@@ -137,8 +137,13 @@ def test_resuming_from_the_checkpoint_of_the_other_quantizer_is_refused(call, qa
     train("plain")
     train("rotated", *ROTATED)
     for flags, from_ in ((ROTATED, "plain"), ((), "rotated"), (("--quantizer", "minmax"), "rotated")):
+        checkpoint = tmp_path / from_ / "checkpoint-2"
+        with pytest.raises(ValueError, match=f"{from_}/checkpoint-2 is of other settings .*quantizer: "):
+            train("new", *flags, "--resume_from_checkpoint", checkpoint)
+        (alone := tmp_path / f"alone_{from_}").mkdir(exist_ok=True)  # nobody says what run it is of
+        shutil.copytree(checkpoint, alone / "checkpoint-2", dirs_exist_ok=True)
         with pytest.raises(ValueError, match=f"{from_}/checkpoint-2: trained with --quantizer "):
-            train("new", *flags, "--resume_from_checkpoint", tmp_path / from_ / "checkpoint-2")
+            train("new", *flags, "--resume_from_checkpoint", alone / "checkpoint-2")
     train("resumed", *ROTATED, "--resume_from_checkpoint", tmp_path / "rotated" / "checkpoint-2")
     assert same(weights(tmp_path / "resumed"), weights(tmp_path / "rotated"))
 

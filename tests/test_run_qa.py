@@ -231,6 +231,48 @@ def test_incomplete_checkpoint_is_not_resumed_when_asked_for(run, tmp_path):
         run("--resume_from_checkpoint", str(tmp_path / "checkpoint-7"))
 
 
+def test_a_checkpoint_of_other_settings_or_data_is_no_start_in_another_folder(run, tmp_path, squad_files):
+    run(*STEPS, out="first")
+    start = ("--resume_from_checkpoint", str(tmp_path / "first" / "checkpoint-2"))
+    for flags, told in {
+        ("--bit_widths", "8"): r"checkpoint-2 is of other settings \(bit_widths: \[4\] then, \[8\] now\)",
+        ("--seed", "7"): "seed: 42 then, 7 now",
+        ("--train_file", squad_files[1]): "is of other settings .train: ",
+    }.items():
+        with pytest.raises(ValueError, match=told):
+            run(*STEPS, *start, *flags, out="other")
+    record = run(*STEPS, *start, "--max_steps", "5", out="longer")
+    assert record["steps"] == 5 and [part["from"] for part in record["training"]["parts"]] == [record["continues"]]
+
+
+def test_a_training_that_was_ended_early_is_not_finished(run, tmp_path, monkeypatch):
+    original = run_qa.QuestionAnsweringTrainer.training_step
+
+    def stop(self, *args, **kwargs):
+        self.control.should_training_stop = True  # as upstream does at SIGTERM with --enable_jit_checkpoint
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_qa.QuestionAnsweringTrainer, "training_step", stop)
+        with pytest.raises(ValueError, match="stopped at step 1 of 4: the same command goes on"):
+            run(*STEPS, "--save_steps", "1")
+    assert not (tmp_path / "out" / "record.json").exists()
+    record = run(*STEPS, "--save_steps", "1")
+    assert record["steps"] == 4 and record["continues"].endswith("checkpoint-1")
+
+
+def test_the_record_of_a_finished_training_keeps_what_it_ran_on(run, monkeypatch):
+    first = run(*STEPS)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a GPU that this run does not use
+    monkeypatch.setattr("common.record.GIT", {"commit": "another", "dirty": False})
+    again = run(*STEPS)
+    (part,) = first["training"]["parts"]
+    assert part == {"from": None} | {name: first[name] for name in part if name != "from"} and "git" in part
+    assert again["training"] == first["training"] and again["git"]["commit"] == "another"
+    assert first["training"]["metrics"]["train_loss"] == first["metrics"]["train_loss"]
+    assert again["device"] == first["device"] and again["device"].startswith("CPU")
+
+
 def test_best_model_by_f1_is_kept(run, tmp_path):
     flags = ("--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1", "--save_total_limit", "1")
     run("--add_lora", *flags, "--max_steps", "3", "--load_best_model_at_end", "--metric_for_best_model", "f1")

@@ -326,11 +326,27 @@ def test_the_quick_start_removes_only_what_it_made(name, start, tmp_path):
     (work / "runs" / "full_fp32").mkdir()
     assert start(QUICK, work).returncode == 3 and (work / "runs" / "full_fp32").exists(), "a killed run resumes"
     (work / "code").write_text("other code")
-    assert start(QUICK, work).returncode == 3 and not (work / "runs" / "full_fp32").exists()
+    (work / "runs" / "seeds").mkdir()
+    assert start(QUICK, work).returncode == 3 and os.listdir(work / "runs") == ["seeds"], "those of seeds.sh stay"
+    (work / "runs" / "seeds").rmdir()
     (work / "data").mkdir()
     assert start(QUICK, work, "--fresh").returncode == 3
     assert {".quickstart", "code", "runs", "records", "mine"} == set(os.listdir(work))
     assert os.path.islink(tmp_path / "link") and start(QUICK, work, "--fresh", "x").returncode == 2
+
+
+def test_records_of_other_code_are_no_seeds(start, tmp_path):
+    work = tmp_path / "work"
+    for name in ("model/manifest.json", ".quickstart", "seeds/lora_30_1.json"):
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).touch()
+    for code in ("", "other code"):
+        (work / "seeds" / "code").write_text(code)
+        assert_refused(start(SEEDS, work), f"{work}/seeds holds records of other code")
+    (work / "seeds" / "lora_30_1.json").unlink()
+    (work / "seeds" / "code").unlink()
+    for _ in range(2):  # its own
+        assert start(SEEDS, work).returncode == 3, "it gets as far as the stub"
 
 
 @pytest.mark.parametrize("script", [*OWNED, SEEDS])

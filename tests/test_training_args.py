@@ -54,6 +54,20 @@ def history(folder):
     return json.loads((pathlib.Path(folder) / "trainer_state.json").read_text())["log_history"]
 
 
+def test_one_process_computes_on_one_gpu(monkeypatch, tmp_path, caplog):
+    upstream = transformers.TrainingArguments
+    original = upstream.__post_init__
+
+    def two_gpus(self):
+        original(self)
+        self._n_gpu = 2
+
+    monkeypatch.setattr(upstream, "__post_init__", two_gpus)
+    args = TrainingArguments(output_dir=tmp_path)
+    assert args.n_gpu == 1 and args.train_batch_size == args.per_device_train_batch_size
+    assert "2 GPUs, one process" in caplog.text
+
+
 # ---- number format
 
 

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch import distributed
 
 from common.checksums import json_checksum
@@ -112,10 +113,10 @@ def run_record(*, model, bit_config, metrics, data, seed, wall_seconds, **detail
         model: what was run, in words or as a path; bit_config: resolved config and its description.
         metrics: {name: number}; data: {split: {"source", "examples", "sha256"}}; details: what else is kept.
     """
-    cuda = torch.cuda.is_available()
+    where, cuda = surroundings(), PartialState().device.type == "cuda"
     return {
         "command": command_line(),
-        "git": git_state(),
+        "git": where.pop("git"),
         "seed": seed,
         "model": model,
         "bit_config": bit_config,
@@ -126,12 +127,28 @@ def run_record(*, model, bit_config, metrics, data, seed, wall_seconds, **detail
             "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "cuda": torch.cuda.max_memory_allocated() if cuda else None,
         },
-        "device": torch.cuda.get_device_name() if cuda else f"CPU {torch.backends.cpu.get_cpu_capability()}",
+        **where,
+        **details,
+    }
+
+
+def surroundings():
+    """{"git", "device", "world_size", "threads", "versions"}: the code that this process has loaded, and on what it
+    computes."""
+    return {
+        "git": GIT,
+        "device": device_name(PartialState().device),
         "world_size": distributed.get_world_size() if distributed.is_initialized() else 1,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
-        **details,
     }
+
+
+def device_name(device):
+    """In words, of a torch.device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
 
 
 def write_run_record(trainer, folder, model_args, data_args, start, **details):
@@ -147,6 +164,7 @@ def write_run_record(trainer, folder, model_args, data_args, start, **details):
             wall_seconds=time.time() - start,
             steps=trainer.state.global_step,
             continues=folder.continues,
+            training=folder.training,
             dtype=trainer.args.run_dtype,
             **details,
         )
@@ -188,6 +206,9 @@ def git_state():
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+GIT = git_state()  # read with the code: both may change on disk while a run goes on
 
 
 def _version(package):

@@ -24,12 +24,13 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
 from common.checksums import file_checksum, json_checksum, model_checksum, tokenizer_checksum
-from common.record import differences, load_state, write_state
+from common.record import differences, load_state, surroundings, write_state
 from common.training_args import FOLLOWING
 from models.disk import sync
 from models.errors import UserError
 
 logger = logging.getLogger(__name__)
+INCOMPLETE = "checkpoint-is-incomplete.txt"  # upstream's, of --enable_jit_checkpoint, until it is written
 SETTINGS_FILE, MANIFEST_FILE, LOCK_FILE = "run_settings.json", "checkpoint_manifest.json", ".lock"
 LEFT_OVER = re.compile(r"\.saving-\w{8}|.+\.(?:json|md|png)\.\d+\.tmp")  # of save_pretrained and of record.py
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -55,6 +56,7 @@ EVALUATION = set(
     "max_eval_samples max_answer_length n_best_size eval_bit_widths eval_bit_configs stride bf16_full_eval "
     "fp16_full_eval null_score_diff_threshold".split()
 )
+LONGER = {"max_steps", "num_train_epochs"}  # may differ where a training goes on from another one's checkpoint
 # What flags meant to runs that are older than they are.
 YOUNGER = {"version_2_with_negative": False, "null_score_diff_threshold": 0.0}
 
@@ -157,7 +159,7 @@ class OutputFolder:
         self.trains, self.world_size = training_args.do_train, training_args.world_size
         asked = training_args.resume_from_checkpoint
         self.asked = None if str(asked) in ("None", "True", "true", "False", "false") else asked
-        self._lock = None
+        self._lock, self._origin = None, {}
         self.checkpoint, self.finished, self.before = on_rank_zero(self._claim)
         if self._lock is None:  # every process of the run: one may outlive rank 0
             self._lock = output_dir_lock(self.path, shared=True)
@@ -166,6 +168,13 @@ class OutputFolder:
     def continues(self):
         """What the run goes on from, for its record: None, a checkpoint, or "finished training"."""
         return "finished training" if self.finished else self.checkpoint and os.path.relpath(self.checkpoint)
+
+    @property
+    def training(self):
+        """For its record: {"parts": [{"from", "git", "device", ...} of each call of the training], "metrics"}."""
+        if not self.trains or self.before is None:
+            return None
+        return {"parts": self.before.get("parts"), "metrics": self.before.get("train_metrics")}
 
     @property
     def weights_folder(self):
@@ -193,6 +202,9 @@ class OutputFolder:
         remove_left_overs(self.path)
         if self.asked and (fault := resume_fault(self.asked, self.world_size, sealed=False)):
             raise UserError(f"--resume_from_checkpoint {self.asked}: {fault}")
+        if self.asked:
+            self._origin = self._settings_of(self.asked)
+            self._refuse_other_origin(self.settings)
         if self.asked or before is None:
             return self.asked, False, before
         if self._is_finished(before):
@@ -215,6 +227,16 @@ class OutputFolder:
         if changed := differences({key: before.get(key, YOUNGER.get(key)) for key in now}, now):
             found = f"--output_dir {self.path} holds a run with other settings ({'; '.join(changed)})"
             raise UserError(f"{found}: {START_OVER}, or another --output_dir")
+
+    def _settings_of(self, checkpoint):
+        """Of the run that a checkpoint is of; {} where it has none."""
+        path = os.path.join(os.path.dirname(os.path.abspath(checkpoint)), SETTINGS_FILE)
+        return load_state(path) if os.path.isfile(path) else {}
+
+    def _refuse_other_origin(self, now):
+        before = {key: self._origin.get(key, YOUNGER.get(key)) for key in now.keys() - LONGER} if self._origin else {}
+        if changed := differences(before, {key: now[key] for key in sorted(before)}):
+            raise UserError(f"--resume_from_checkpoint {self.asked} is of other settings ({'; '.join(changed)})")
 
     def _is_finished(self, before):
         if not before.get("finished"):
@@ -249,17 +271,23 @@ class OutputFolder:
     def _start(self, inputs):
         if "eval_steps" not in self.settings:
             inputs.pop("validation", None)
+        self._refuse_other_origin(inputs)
+        part = {"from": self.checkpoint and os.path.relpath(self.checkpoint), **surroundings()}
         if self.before is not None:
             self._refuse_changes(self.before, inputs)
+            if not self.finished:
+                self.before.setdefault("parts", [None] if self.checkpoint else []).append(part)  # None: not noted
+                write_state(self._settings_file, self.before)
             return
         for name in os.listdir(self.path) if self.overwrite else ():
             if CHECKPOINT.fullmatch(name):
                 shutil.rmtree(os.path.join(self.path, name))
-        self.before = {**self.settings, **inputs}
+        self.before = {**self.settings, **inputs, "parts": [part]}
         write_state(self._settings_file, self.before)
 
-    def finish(self):
-        """The model that was saved in the folder is what the training ended with."""
+    def finish(self, metrics):
+        """The model that was saved in the folder is what the training ended with. metrics: of the training."""
+        self.before["train_metrics"] = metrics
         self.before["finished"] = file_checksum(self._weights_file)
         write_state(self._settings_file, self.before)
 
@@ -267,7 +295,7 @@ class OutputFolder:
 def seal(checkpoint):
     """Bring a checkpoint to the disk, then write the list of its files with their checksums: it is whole from now."""
     files = {}
-    for name in sorted(os.listdir(checkpoint)):
+    for name in sorted(set(os.listdir(checkpoint)) - {INCOMPLETE}):
         path = os.path.join(checkpoint, name)
         sync(path)
         files[name] = file_checksum(path)

@@ -25,11 +25,14 @@ class ResumableTrainer(Trainer):
             self.state = TrainerState.load_from_json(os.path.join(folder.path, "trainer_state.json"))
             return {}
         result = self.train(resume_from_checkpoint=folder.checkpoint)
+        if self.state.global_step < self.state.max_steps:  # --enable_jit_checkpoint ends a training so
+            where = f"step {self.state.global_step} of {self.state.max_steps}"
+            raise UserError(f"stopped at {where}: the same command goes on from the last checkpoint")
         self.save_model()
         self.save_state()
         self.log_metrics("train", result.metrics)
         self.save_metrics("train", result.metrics)
-        on_rank_zero(folder.finish)
+        on_rank_zero(lambda: folder.finish(result.metrics))
         return result.metrics
 
     def _save(self, output_dir=None, state_dict=None):

@@ -1,5 +1,6 @@
 """The TrainingArguments of all scripts: what transformers would take and not do is done here, or refused."""
 
+import logging
 import os
 
 import torch
@@ -7,6 +8,7 @@ import transformers
 
 from models.errors import UserError
 
+logger = logging.getLogger(__name__)
 FULL_EVAL = ("bf16_full_eval", "fp16_full_eval")
 FOLLOWING = ("reduce_lr_on_plateau", "greedy")  # schedulers that follow what an evaluation measures
 
@@ -33,6 +35,11 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.metric_for_best_model and self.greater_is_better is None:
             self.greater_is_better = not name.startswith("loss")  # that of a config too: loss_W4A4KV4
         super().__post_init__()
+        if self.n_gpu > 1:  # upstream's nn.DataParallel knows nothing of codes, and would multiply the batch
+            logger.warning(
+                "%d GPUs, one process: it computes on the first; torchrun, as in *.sh, uses all", self.n_gpu
+            )
+            self._n_gpu = 1
         if "paged" in self.optim and self.device.type == "cpu":
             why = "paged optimizer states lie in memory that CUDA shares with the host"
             raise UserError(f"--optim {self.optim}: {why}; on a CPU pass --optim adamw_torch")
