@@ -118,7 +118,8 @@ def build_model(model_args, training, tokenizer, num_labels):
         model.set_bit_config(bits)
     if training and not model.config.lora_bank:
         layers = model.quant_layers().values()
-        model.config.trained_weights = any(layer.w_bits in QUANTIZED_BITS for layer in layers)
+        trained = set(widths) or {layer.w_bits for layer in layers}
+        model.config.trained_weights = not trained.isdisjoint(QUANTIZED_BITS)
         for layer in layers:
             layer.trained = model.config.trained_weights
     if model.config.lora_bank and not model.config.base_model_name_or_path:

@@ -118,13 +118,13 @@ class RangeTestTrainer(CyclicPrecisionTrainer):
         with self.model.at_bits(self.to_config(self.schedule[0])), self.compute_loss_context_manager():
             for inputs in itertools.islice(self.get_train_dataloader(), window):
                 inputs = self._prepare_inputs(inputs)
-                counts.append(count_right(inputs, self.model(**inputs)))
+                counts.append(count_right(inputs, self.model(**inputs), self.null_threshold is not None))
         return self.accuracies(counts)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         step = self.state.global_step
-        self._counts[step] = self._counts.get(step, 0) + count_right(inputs, outputs)
+        self._counts[step] = self._counts.get(step, 0) + count_right(inputs, outputs, self.null_threshold is not None)
         return (loss, outputs) if return_outputs else loss
 
     def accuracies(self, counts):
@@ -133,7 +133,7 @@ class RangeTestTrainer(CyclicPrecisionTrainer):
         return [right / max(number, 1) for right, number in counts.tolist()]
 
 
-def count_right(inputs, outputs):
+def count_right(inputs, outputs, v2=False):
     """(windows whose start and end are both predicted right, windows) of a batch, as a tensor.
 
     Windows of a long context that do not hold the answer are left out: predicting "not here" is no sign of learning.
@@ -143,8 +143,9 @@ def count_right(inputs, outputs):
     for side in ("start", "end"):
         logits = outputs[f"{side}_logits"].detach().masked_fill(padding, -torch.inf)
         right &= logits.argmax(-1) == inputs[f"{side}_positions"]
-    # 0 is the label of a window without the answer, and the share of a duplicate
-    answered = (inputs["end_positions"] > 0) & (inputs.get("share", 1.0) > 0)
+    # the label of a window without the answer: its last token in v2, else 0
+    absent = inputs["attention_mask"].sum(-1) - 1 if v2 else 0
+    answered = (inputs["end_positions"] != absent) & (inputs.get("share", 1.0) > 0)  # 0: a duplicate
     return torch.stack([(right & answered).sum(), answered.sum()])
 
 

@@ -381,6 +381,12 @@ def test_a_model_whose_weights_trained_at_4_bits_comes_back_with_the_same_logits
     assert not read(tmp_path / "float" / "config.json")["trained_weights"]
 
 
+def test_weights_of_random_precision_training_are_trained_though_one_width_is_float(tiny_model, text_files, tmp_path):
+    flags = ["--random_precision_training", "--bit_widths", "4", "32", "--train_all_weights", "--max_steps", "1"]
+    classify(tiny_model, tmp_path, *text_files, "--do_train", *flags)
+    assert read(tmp_path / "config.json")["trained_weights"]
+
+
 def test_rotated_training_is_recorded_and_resumes_with_its_rotation(tiny_model, text_files, tmp_path, monkeypatch):
     saving = ["--save_strategy", "steps", "--save_steps", "2", *ROTATED]
     whole = rpt(tiny_model, text_files, tmp_path / "whole", 4, *saving)

@@ -392,6 +392,16 @@ def test_improvements_by_hand():
     assert low["standard_error"] == pytest.approx(0.02**0.5) and high["standard_error"] == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(("v2", "absent"), [(False, 0), (True, 3)])
+def test_windows_without_the_answer_do_not_count(v2, absent):
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0]] * 3)
+    positions = torch.tensor([absent, 2, 1])
+    logits = torch.nn.functional.one_hot(torch.tensor([absent, 2, 2]), 6).float()
+    inputs = {"attention_mask": mask, "start_positions": positions, "end_positions": positions}
+    found = range_test.count_right(inputs, {"start_logits": logits, "end_logits": logits}, v2)
+    assert found.tolist() == [1, 2]
+
+
 def test_min_bits_by_hand():
     def rows(*pairs):
         return [{"bits": bits, "improvement": i, "standard_error": e} for bits, (i, e) in enumerate(pairs, 2)]

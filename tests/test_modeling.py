@@ -334,6 +334,19 @@ def test_fused_optimizers_leave_no_stale_codes(bits, execution):
     assert torch.equal(codes * scale, expected)
 
 
+@pytest.mark.parametrize("execution", ["fake", "integer"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_made_in_inference_mode_serve_a_training(bits, execution):
+    model = QuantGPT2ForQuestionAnswering(tiny_config())
+    model.add_lora([bits])
+    model.set_bit_config(bits)
+    model.set_execution(execution)
+    with torch.inference_mode():
+        model(torch.arange(6)[None])
+    model(torch.arange(6)[None]).start_logits.sum().backward()
+    assert any(layer.lora_B[str(bits)].weight.grad is not None for layer in model.quant_layers().values())
+
+
 def test_codes_of_weights_that_can_train_are_not_kept(model, monkeypatch):
     calls = count_quantize(monkeypatch)
     model.set_bit_config(8)

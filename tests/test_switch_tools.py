@@ -334,12 +334,14 @@ def test_noise_floor(run, squad_files):
 def test_variants_of_the_noise_floor_change_the_model_and_leave_it_as_it_was(bank):
     model = QuantGPT2ForQuestionAnswering.from_pretrained(bank)
     model.set_execution("integer")
-    weight, seen = model.transformer.wte.weight, {}
-    before = weight.detach().clone()
+    weight, positions, seen = model.transformer.wte.weight, model.transformer.wpe.weight, {}
+    before, places = weight.detach().clone(), positions.detach().clone()
     for name, context in noise.variants(model, 0).items():
         with context:
             seen[name] = model.execution.kind, (weight / before - 1).abs().nan_to_num().max().item()
-        assert torch.equal(weight, before) and model.execution.kind == "integer"
+            moved = places.half().float() if name == "float16 embeddings" else places
+            assert torch.equal(positions, moved)
+        assert torch.equal(weight, before) and torch.equal(positions, places) and model.execution.kind == "integer"
     assert seen["fake execution"] == ("fake", 0)
     model.set_execution("fake")
     with noise.variants(model, 0)["integer execution"]:

@@ -8,19 +8,20 @@ import contextlib
 
 import torch
 
-PERTURBATION = 1e-6  # relative, of the embeddings
+PERTURBATION = 1e-6  # relative, of the token embeddings
 
 
 @contextlib.contextmanager
-def changed_embeddings(model, change):
-    """change(weight) in place of the token embeddings, for the body."""
-    weight = model.transformer.wte.weight
-    before = weight.detach().clone()
+def changed_weights(weights, change):
+    """change(weight) in place of each of the weights, for the body."""
+    before = [weight.detach().clone() for weight in weights]
     try:
-        weight.data.copy_(change(before))
+        for weight, old in zip(weights, before, strict=True):
+            weight.data.copy_(change(old))
         yield
     finally:
-        weight.data.copy_(before)
+        for weight, old in zip(weights, before, strict=True):
+            weight.data.copy_(old)
 
 
 def variants(model, seed):
@@ -36,8 +37,9 @@ def variants(model, seed):
 
     other = "fake" if model.execution.kind == "integer" else "integer"
     contexts = {f"{other} execution": model.execution.as_kind(other)}
-    changes = {"float16 embeddings": halved, "perturbed 1": perturbed, "perturbed 2": perturbed}
-    return contexts | {name: changed_embeddings(model, change) for name, change in changes.items()}
+    tokens, positions = model.transformer.wte.weight, model.transformer.wpe.weight
+    contexts["float16 embeddings"] = changed_weights([tokens, positions], halved)
+    return contexts | {name: changed_weights([tokens], perturbed) for name in ("perturbed 1", "perturbed 2")}
 
 
 def noise_floor(model, answer, score, texts, seed):

@@ -1,5 +1,6 @@
 """The linear layer of the model: bits, integer codes of the weight, adapters, and the choice of how it computes."""
 
+import contextlib
 import math
 
 import torch
@@ -141,8 +142,10 @@ class QuantLinear(nn.Module):
             return self._quantized[w_bits]
         if self.weight is None:
             raise UserError(f"w_bits = {w_bits}: only codes of {sorted(self._quantized)} bits are kept")
-        codes, scale = self._quantize_weight(w_bits)
-        stored = (pack_int4(codes) if w_bits <= PACKED_BITS else codes), scale
+        normal = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+        with normal:  # codes that a training can take too
+            codes, scale = self._quantize_weight(w_bits)
+            stored = (pack_int4(codes) if w_bits <= PACKED_BITS else codes), scale
         if not self.can_train:
             self._quantized[w_bits] = stored
         return stored
