@@ -96,6 +96,7 @@ def main():
     bf16 = GPT2ForQuestionAnswering(config).to(args.device, torch.bfloat16).eval()
     bank, plain = (QuantGPT2ForQuestionAnswering(config).to(args.device).eval() for _ in range(2))
     bank.add_lora([4, 8])
+    plain.requires_grad_(False)  # only of frozen weights codes are kept from one forward to the next
     # name: (model, bits, execution)
     variants = {
         "float32 transformers, eager": (stock, None, None),

@@ -78,7 +78,8 @@ def check_args(args):
 
 
 def texts_to_make(args, vocabulary, max_length):
-    """[(first token, greedy length)] in the order of the file: all first tokens at the first length, then at the next.
+    """[(first token, greedy length)] in the order of the file: every pair once, shuffled with the seed, so that a run
+    that stops early has seen a fair sample of both.
 
     Raises UserError: more first tokens than there are, greedy lengths beyond a text.
     """
@@ -90,7 +91,9 @@ def texts_to_make(args, vocabulary, max_length):
     if args.first_tokens:
         ids = sorted(random.Random(args.seed).sample(ids, args.first_tokens))
     lengths = {"hybrid": args.greedy_lengths, "greedy": [max_length], "sampled": [1]}[args.decoding]
-    return [(first, length) for length in lengths for first in ids]
+    items = [(first, length) for length in lengths for first in ids]
+    random.Random(args.seed).shuffle(items)
+    return items
 
 
 class RoomyLayer(DynamicLayer):

@@ -32,17 +32,17 @@ from common.loading import describe_model, load_tokenizer, open_model, resolve_c
 from common.record import relative_path, write_run_record, write_text_atomic
 from common.resuming import OutputFolder, input_checksums, run_settings
 from common.script import plain_errors, setup_logging
-from common.step_configs import BankArguments, bit_configs_for_step, check_bank, target_configs
+from common.step_configs import BankArguments, bit_configs_for_step, check_bank, note_targets, target_configs
 from common.trainer import StepMeanTrainer
 from common.training_args import TrainingArguments
 from losses import next_token_loss, soft_cross_entropy, teacher_states
-from models.bit_config import short_name
 from models.errors import UserError
 from models.modeling_gpt2_quant import QuantGPT2LMHeadModel
 from models.quantization import FLOAT_BITS, QUANTIZED_BITS
 from perplexity import calibration_blocks, perplexity_of_configs, read_tokens, table_lines
 
 OBJECTIVES = ("ce", "kd")
+NO_TEACHER = "a base in 4 bits is no full-precision teacher"
 
 
 @dataclasses.dataclass
@@ -96,7 +96,7 @@ def check_args(model_args, text_args, training_args):
         if model_args.train_all_weights:
             raise UserError(f"{flag}: a base in 4 bits does not train: no --train_all_weights")
         if model_args.objective == "kd" and not model_args.teacher_name_or_path:
-            raise UserError(f"{flag}: the base is no full-precision teacher: pass --teacher_name_or_path")
+            raise UserError(f"{flag}: {NO_TEACHER}: pass --teacher_name_or_path")
     if training_args.fsdp or training_args.deepspeed:
         raise UserError("--fsdp and --deepspeed shard the model; here every process needs all of it")
     if training_args.do_predict or training_args.eval_strategy != "no":
@@ -163,6 +163,8 @@ def build_model(model_args, training_args, tokenizer):
         elif not model.config.lora_bank:
             widths = {layer["w_bits"] for _, config in targets for layer in config.values()}
             model.add_lora(sorted(widths), model_args.lora_r, model_args.lora_alpha)
+        if model_args.bit_configs or model_args.train_all_weights:
+            note_targets(model, targets)
         for _, config in reversed(targets):
             model.set_bit_config(config)  # refuses what the bank of a checkpoint has no adapter for
         if model.config.lora_bank and not model.config.base_model_name_or_path:
@@ -175,15 +177,13 @@ def build_model(model_args, training_args, tokenizer):
 
 
 def prepare_all_weights(model, name, targets):
-    """Have all weights of a model without adapters train at the configs `targets`, and its checkpoint serve them."""
+    """Have all weights of a model without adapters train at the configs `targets`."""
     if model.config.lora_bank:
         raise UserError(f"--train_all_weights: {name} has adapters on a frozen base: start from the base")
     config, layers = model.config, model.quant_layers().values()
     config.trained_weights = any(bits["w_bits"] in QUANTIZED_BITS for _, c in targets for bits in c.values())
     for layer in layers:
         layer.trained = config.trained_weights
-    served = dict.fromkeys(short_name(bits) for _, bits in targets)
-    config.trained_bit_configs = [name for name in served if name != "mixed"] or ["checkpoint"]
 
 
 def find_teacher(model, model_args, tokenizer, block_size):
@@ -192,6 +192,8 @@ def find_teacher(model, model_args, tokenizer, block_size):
     name = model_args.teacher_name_or_path
     if model_args.objective != "kd":
         return None
+    if name is None and model.config.base_quantization:
+        raise UserError(f"--objective kd: {NO_TEACHER}: pass --teacher_name_or_path")
     if name is None:
         return copy.deepcopy(model).requires_grad_(False) if model_args.train_all_weights else model
     own = {"base_model_name_or_path": None, "lora_r": None, "lora_alpha": None}
@@ -201,6 +203,11 @@ def find_teacher(model, model_args, tokenizer, block_size):
     if vocabulary != model.config.vocab_size:
         found = f"a vocabulary of {vocabulary}, but that of the student is {model.config.vocab_size}"
         raise UserError(f"--teacher_name_or_path {name}: {found}")
+    if teacher.config.base_quantization:
+        raise UserError(f"--teacher_name_or_path {name}: {NO_TEACHER}")
+    own = load_tokenizer(dataclasses.replace(options, tokenizer_name=None))
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"--teacher_name_or_path {name}: its tokenizer has other tokens than that of the student")
     if positions < block_size:
         raise UserError(f"--teacher_name_or_path {name}: {positions} positions, fewer than a block of {block_size}")
     return teacher

@@ -7,7 +7,7 @@
         --language_model language_model/results/clm
 
     POST /answer    {"question", "context", "bits"}            -> {"text", "probability", "candidates", "config", "ms"}
-    POST /generate  {"text", "bits", "max_new_tokens"}         -> {"text", "new_tokens", "config", "ms"}
+    POST /generate  {"text", "bits", "max_new_tokens"}         -> {"text", "new_tokens_of_batch", "config", "ms"}
     GET  /configs   names, average bits and sizes;  /health;  / is a page to try it
 
 "bits" is a name of /configs, a width as 8, W4A8KV8, or an object as in configs/*.json; without it, the first of
@@ -24,6 +24,7 @@ import sys
 import time
 import types
 
+import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import FileResponse, JSONResponse
@@ -218,10 +219,19 @@ def make_app(questions, texts=None):
     return app
 
 
+def open_served(model_class, model_args, tokenizer):
+    """The model on the GPU, if there is one. Raises UserError: a --quantizer that is not the checkpoint's."""
+    model = load_model(model_class, model_args, tokenizer)
+    if model_args.quantizer not in (None, own := model.config.quantizer):
+        name = model_args.model_name_or_path
+        raise UserError(f"--quantizer {model_args.quantizer}: {name} is served with its own, {own}")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_questions(model_args, args):
     """`Served` of the question-answering checkpoint."""
     tokenizer = load_tokenizer(model_args)
-    model = load_model(QuantGPT2ForQuestionAnswering, model_args, tokenizer)
+    model = open_served(QuantGPT2ForQuestionAnswering, model_args, tokenizer)
     names = resolve_configs(model, args.bit_configs or trained_configs(model))
     for config in names.values():
         with model.at_bits(config):  # refuses what the checkpoint has no adapter for
@@ -245,7 +255,7 @@ def load_texts(model_args, args):
         return None
     model_args = dataclasses.replace(model_args, model_name_or_path=args.language_model, tokenizer_name=None)
     tokenizer = load_tokenizer(model_args)
-    model = load_model(QuantGPT2LMHeadModel, model_args, tokenizer)
+    model = open_served(QuantGPT2LMHeadModel, model_args, tokenizer)
 
     def run(model, jobs, kind):
         texts, measured = generate(model, tokenizer, jobs, GenerationArguments(max_new_tokens=kind))

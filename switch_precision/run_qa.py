@@ -25,7 +25,7 @@ from common.loading import describe_model, load_tokenizer, open_model
 from common.record import write_run_record
 from common.resuming import OutputFolder, input_checksums, run_settings
 from common.script import plain_errors, setup_logging
-from common.step_configs import BankArguments, check_bank, target_configs
+from common.step_configs import BankArguments, check_bank, note_targets, target_configs
 from common.training_args import TrainingArguments
 from models.bit_config import describe_bit_config
 from models.errors import UserError
@@ -60,6 +60,8 @@ def build_model(model_args, objective_args, training, tokenizer):
     if training and not model.config.lora_bank:
         widths = {layer["w_bits"] for _, config in targets for layer in config.values()}
         start_lora(model, sorted(widths.union(teacher)), model_args)
+    if training and model_args.bit_configs:
+        note_targets(model, targets)
     for config in [*teacher, *(config for _, config in reversed(targets))]:
         model.set_bit_config(config)  # refuses what the bank of a checkpoint has no adapter for
     if model.config.lora_bank and not model.config.base_model_name_or_path:

@@ -280,6 +280,26 @@ def test_a_failing_memory_process_says_why(monkeypatch, tmp_path):
         benchmark.memory_of("fp32", None, settings())
 
 
+def test_without_lora_the_weights_are_quantized_once(monkeypatch, tmp_path):
+    module, kept = load_script("benchmark/bench_forward.py"), []
+    tiny = {"n_embd": 64, "n_head": 4, "vocab_size": 320, "n_positions": 180}
+    monkeypatch.setattr(module, "GPT2Config", functools.partial(module.GPT2Config, **tiny))
+
+    def timed(variants, *rest, original=module.timed_rounds):
+        seconds = original(variants, *rest)
+        plain = variants["integer W8A8KV8"][0]
+        kept.extend(list(layer.stored_codes()) for layer in plain.quant_layers().values())
+        return seconds
+
+    monkeypatch.setattr(module, "timed_rounds", timed)
+    words = ["--layers", "1", "--length", "16", "--batch_size", "2", "--rounds", "1", "--threads", "1"]
+    monkeypatch.setattr(
+        sys, "argv", ["bench_forward", *words, "--device", "cpu", "--output", str(tmp_path / "r.json")]
+    )
+    module.main()
+    assert kept == [[8]] * 4
+
+
 # ---- the rotated quantizer beside MinMax
 
 

@@ -189,6 +189,15 @@ def test_evaluation_into_the_folder_of_another_run_is_refused(tiny_model, text_f
     assert os.listdir(tmp_path) == [".lock"]
 
 
+def test_a_bank_is_evaluated_at_the_configs_that_it_was_trained_for(tiny_model, text_files, tmp_path, monkeypatch):
+    words = ["--block_size", "32", "--use_cpu", "True", "--do_train", "--max_steps", "1", "--report_to", "none"]
+    words += ["--model_name_or_path", tiny_model, "--train_file", text_files[0], "--bit_configs", "W4A8KV4"]
+    call(monkeypatch, run_clm, *words, "--output_dir", tmp_path / "bank")
+    words = ["--validation_file", text_files[1], "--do_eval", "--block_size", "32", "--use_cpu", "True"]
+    call(monkeypatch, run_clm, "--model_name_or_path", tmp_path / "bank", *words, "--output_dir", tmp_path / "out")
+    assert [row["config"] for row in read_json(tmp_path / "out" / "record.json")["rows"]] == ["W4A8KV4"]
+
+
 def test_evaluation_of_stock_weights_and_of_mixed_configs(
     trained, tiny_model, text_files, tmp_path, monkeypatch, capsys
 ):

@@ -262,6 +262,9 @@ def save_stock(folder, tokenizer_of, vocabulary, positions=128):
         ([*KD, "--teacher_name_or_path", "LARGER"], "larger: a vocabulary of 500, but that of the student is"),
         ([*KD, "--teacher_name_or_path", "SHORTER"], "shorter: 16 positions, fewer than a block of 32"),
         ([*KD, "--teacher_name_or_path", "nowhere/at/all"], "nowhere/at/all"),
+        ([*KD, "--teacher_name_or_path", "NF4"], "nf4: a base in 4 bits is no full-precision teacher"),
+        ([*KD, "--teacher_name_or_path", "FOREIGN"], "foreign: its tokenizer has other tokens than"),
+        ([*KD, "--model_name_or_path", "NF4", "--bit_widths", "32"], "--objective kd: a base in 4 bits is no full-p"),
         (["--train_all_weights", "--model_name_or_path", "BANK"], "bank has adapters on a frozen base"),
         (["--train_file", "EMPTY"], "empty.jsonl, line 1: not valid JSON"),
         (["--train_file", "TORN"], "torn.jsonl, line 2: not valid JSON"),
@@ -279,13 +282,24 @@ def test_run_clm_refuses(words, message, tiny_model, files, tmp_path, monkeypatc
     bank.add_lora([8])
     bank.save_pretrained(tmp_path / "bank")
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "bank")
+    shutil.copytree(tiny_model, tmp_path / "foreign")
+    tokens = json.loads((tmp_path / "foreign" / "tokenizer.json").read_text())
+    vocabulary = tokens["model"]["vocab"]
+    vocabulary["!"], vocabulary["#"] = vocabulary["#"], vocabulary["!"]
+    (tmp_path / "foreign" / "tokenizer.json").write_text(json.dumps(tokens))
+    nf4 = QuantGPT2LMHeadModel.from_pretrained(tiny_model)
+    nf4.add_lora([32])
+    nf4.set_base(str(tiny_model))
+    nf4.quantize_base("nf4")
+    nf4.save_pretrained(tmp_path / "nf4")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "nf4")
     good = json.dumps({"first_token": 5, "greedy_length": 3, "text": "Ada has the kite."})
     texts = {"empty": "", "torn": good + '\n{"first', "other": good + '\n{"texts": "a"}\n', "short": good + "\n"}
     texts |= {"number": '{"text": 3}', "half": '{"text": "\\ud800"}'}
     for name, text in texts.items():
         (tmp_path / f"{name}.jsonl").write_text(text)
     places = {name.upper(): tmp_path / f"{name}.jsonl" for name in texts}
-    places |= {name.upper(): tmp_path / name for name in ("larger", "shorter", "bank")}
+    places |= {name.upper(): tmp_path / name for name in ("larger", "shorter", "bank", "foreign", "nf4")}
     base = [
         "--model_name_or_path",
         tiny_model,
@@ -330,8 +344,9 @@ def test_first_tokens_are_the_likeliest_and_the_others_are_drawn(generate, learn
     model, tokenizer = QuantGPT2LMHeadModel.from_pretrained(learnt), AutoTokenizer.from_pretrained(learnt)
     size, end = len(tokenizer), tokenizer.eos_token_id
     ids = [row["first_token"] for row in rows]
-    assert [row["greedy_length"] for row in rows] == [3] * 5 + [5] * 5
-    assert ids[:5] == ids[5:] == sorted(set(ids)) and max(ids) < size
+    pairs = [(row["first_token"], row["greedy_length"]) for row in rows]
+    assert sorted(pairs) == [(first, length) for first in sorted(set(ids)) for length in (3, 5)] and len(set(ids)) == 5
+    assert max(ids) < size
     args, items = generate_data.DataArguments(output_dir="", seed=42), [(first, 4) for first in range(40)]
     texts = generate_data.make_texts(model, items, 12, end, args)
     likeliest = []
@@ -347,7 +362,11 @@ def test_first_tokens_are_the_likeliest_and_the_others_are_drawn(generate, learn
     greedy = generate_data.make_texts(model, [(first, 12) for first in range(40)], 12, end, args)
     assert greedy != texts and [text[:4] for text in greedy] == [text[:4] for text in texts]
     every = generate_data.texts_to_make(args, size, 12)
-    assert every == [(first, length) for length in (3, 4, 5) for first in range(size)]
+    assert sorted(every) == [(first, length) for first in range(size) for length in (3, 4, 5)]
+    part = every[: len(every) // 2]
+    assert {length for _, length in part} == {3, 4, 5} and max(first for first, _ in part) > 0.9 * size
+    assert generate_data.texts_to_make(args, size, 12) == every
+    assert generate_data.texts_to_make(generate_data.DataArguments(output_dir="", seed=43), size, 12) != every
 
 
 def test_killed_run_writes_the_same_bytes(generate, tmp_path, monkeypatch):

@@ -242,7 +242,7 @@ def test_a_checkpoint_of_other_settings_or_data_is_no_start_in_another_folder(ru
         with pytest.raises(ValueError, match=told):
             run(*STEPS, *start, *flags, out="other")
     record = run(*STEPS, *start, "--max_steps", "5", out="longer")
-    assert record["steps"] == 5 and [part["from"] for part in record["training"]["parts"]] == [record["continues"]]
+    assert record["steps"] == 5 and [part["from"] for part in record["trained_on"]["parts"]] == [record["continues"]]
 
 
 def test_a_training_that_was_ended_early_is_not_finished(run, tmp_path, monkeypatch):
@@ -266,10 +266,10 @@ def test_the_record_of_a_finished_training_keeps_what_it_ran_on(run, monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a GPU that this run does not use
     monkeypatch.setattr("common.record.GIT", {"commit": "another", "dirty": False})
     again = run(*STEPS)
-    (part,) = first["training"]["parts"]
+    (part,) = first["trained_on"]["parts"]
     assert part == {"from": None} | {name: first[name] for name in part if name != "from"} and "git" in part
-    assert again["training"] == first["training"] and again["git"]["commit"] == "another"
-    assert first["training"]["metrics"]["train_loss"] == first["metrics"]["train_loss"]
+    assert again["trained_on"] == first["trained_on"] and again["git"]["commit"] == "another"
+    assert first["trained_on"]["metrics"]["train_loss"] == first["metrics"]["train_loss"]
     assert again["device"] == first["device"] and again["device"].startswith("CPU")
 
 

@@ -43,6 +43,12 @@ def model(tiny_model):
     return model.eval()
 
 
+def test_another_quantizer_than_the_checkpoints_is_refused(tiny_model, tokenizer):
+    arguments = serve.CheckpointArguments(model_name_or_path=str(tiny_model), quantizer="rotated")
+    with pytest.raises(serve.UserError, match=f"--quantizer rotated: {tiny_model} is served with its own, minmax"):
+        serve.open_served(serve.QuantGPT2ForQuestionAnswering, arguments, tokenizer)
+
+
 @pytest.fixture
 def served(model, tokenizer):
     names = serve.resolve_configs(model, ["8", "4"])

@@ -164,7 +164,7 @@ def write_run_record(trainer, folder, model_args, data_args, start, **details):
             wall_seconds=time.time() - start,
             steps=trainer.state.global_step,
             continues=folder.continues,
-            training=folder.training,
+            trained_on=folder.trained_on,
             dtype=trainer.args.run_dtype,
             **details,
         )

@@ -170,7 +170,7 @@ class OutputFolder:
         return "finished training" if self.finished else self.checkpoint and os.path.relpath(self.checkpoint)
 
     @property
-    def training(self):
+    def trained_on(self):
         """For its record: {"parts": [{"from", "git", "device", ...} of each call of the training], "metrics"}."""
         if not self.trains or self.before is None:
             return None

@@ -80,6 +80,12 @@ def target_configs(model_args, shapes):
     return sorted(targets.items(), key=average_bits, reverse=True)
 
 
+def note_targets(model, targets):
+    """Have the checkpoint name what it is trained at: what is evaluated and served where nothing else is asked for."""
+    names = dict.fromkeys(short_name(config) for _, config in targets)
+    model.config.trained_bit_configs = [name for name in names if name != "mixed"] or ["checkpoint"]
+
+
 def joined(step, number, curriculum, total_steps):
     """How many of `number` configs take part in `step` of a curriculum: the highest at once, the others one by one."""
     return min(1 + int(step * (number - 1) / (curriculum * total_steps) + 1e-9), number)
