@@ -109,7 +109,7 @@ def accuracy(scales, path):
             draw(bits, x, found, colour, marker, name)
             timed = [score for score in found if score["config"] in times]
             for axes in more:
-                draw(axes, [times[score["config"]] * 1.07**shift for score in timed], timed, colour, marker, None)
+                draw(axes, [times[score["config"]] for score in timed], timed, colour, marker, None)
         bits.set(ylabel="EM, 95 % intervals")
         bits.set_title(scale["title"] if len(rows) > 1 else "", loc="left")
         bits.set_xticks([4, 5, 6, 7, 8, 10], ["4", "5", "6", "7", "8", "32"])

@@ -201,10 +201,9 @@ def attack_findings(record):
     }
 
 
-def cpt_widths(scale):
-    """([drop, low, high] of the lowest width below which none loses more than MARGIN, its name) of CPT, or None."""
-    record = first_record(scale, "cpt_eval") or first_record(scale, "cpt_minmax_eval")
-    if not record:
+def cpt_widths(scale, step):
+    """([drop, low, high] of the lowest width below which none loses more than MARGIN, its name) of a CPT, or None."""
+    if not (record := first_record(scale, step)):
         return None
     kept, rows = None, record["rows"]
     for row in rows[1:]:
@@ -214,6 +213,15 @@ def cpt_widths(scale):
     row = kept or rows[1]
     interval = [row["exact_match_drop"], *row["exact_match_drop_interval"]]
     return interval, f"{row['config']}, 1 seed, {record['data']['validation']['examples']} questions"
+
+
+def loss_of(scale, step, config):
+    """([EM that a config loses against the record's first, low, high], basis), paired over questions; or None."""
+    record = first_record(scale, step)
+    if not record or not (row := row_of(record, config)):
+        return None
+    gap = [row["exact_match_drop"], *row["exact_match_drop_interval"]]
+    return gap, f"1 seed, {record['data']['validation']['examples']} questions"
 
 
 def rank_test(not_beaten, numbers):
@@ -274,8 +282,9 @@ def verdict(gap, rule="above"):
 def findings(scale):
     """{key: {"gap", "measured", "basis", "verdict"}} of one scale; the template says what each key claims."""
     four, eight = "W4A4KV4", "W8A8KV8"
-    static8 = "static_w8_minmax" if scale["records"].get("static_w8_minmax") else "static_w8_rotated"
-    cyclic = "cpt_minmax_eval" if static8.endswith("minmax") else "cpt_eval"
+    minmax = bool(scale["records"].get("cpt_minmax_eval"))  # as published
+    cyclic, quantizer = ("cpt_minmax_eval", "minmax") if minmax else ("cpt_eval", "rotated")
+    static8, static4 = (f"static_w{bits}_{quantizer}" for bits in (8, 4))
     gaps = sensitivity_findings(scale) | attack_findings(first_record(scale, "attack_rpi"))
     gaps |= {
         "collapse": compare(scale, ("lora_fp32", None), (f"ptq_minmax_{four}", None), True),
@@ -285,10 +294,14 @@ def findings(scale):
         "joint": compare(scale, ("switch_eval", four), ("static_w4_rotated", None)),
         "joint_ptq": compare(scale, ("switch_eval", four), (f"ptq_rotated_{four}", None)),
         "joint_three": compare(scale, ("joint3_early", "W3A3KV3"), ("ptq_rotated_W3A3KV3", None)),
-        "sequential": compare(scale, ("switch_eval", four), ("switch_sequential_eval", four)),
+        "static_minmax": compare(scale, ("static_w4_minmax", None), (f"ptq_minmax_{four}", None)),
+        "static_rotated": compare(scale, ("static_w4_rotated", None), (f"ptq_rotated_{four}", None)),
+        "sequential": compare(scale, ("switch_minmax_eval", four), ("switch_sequential_eval", four)),
+        "recipe": compare(scale, ("switch_eval", four), ("switch_sequential_eval", four)),
+        "hybrid": loss_of(scale, "switch_eval", "hybrid"),
         "cpt_gain": compare(scale, (cyclic, eight), (static8, None)),
-        "cpt_four": compare(scale, ("cpt_eval", four), ("static_w4_rotated", None)),
-        "cpt_widths": cpt_widths(scale),
+        "cpt_four": compare(scale, (cyclic, four), (static4, None)),
+        "cpt_widths": cpt_widths(scale, cyclic),
         "search": searched(scale),
         "search_mixed": searched_over_seeds(scale, "search_mixed"),
         "search_low": searched_over_seeds(scale, "search_lora"),
@@ -296,7 +309,9 @@ def findings(scale):
         "separator": compare(scale, ("lora_fp32", None), ("separator_none", None)),
         "separator_space": compare(scale, ("separator_space", None), ("separator_none", None)),
     }
-    none = ("cpt_gain", "cpt_widths", "eight_free", "rotation_free")
+    for key in ("cpt_gain", "cpt_four", "cpt_widths"):
+        gaps[key] = gaps[key] and (gaps[key][0], f"{'MinMax' if minmax else 'rotated'}, {gaps[key][1]}")
+    none = ("cpt_gain", "cpt_widths", "eight_free", "rotation_free", "hybrid")
     adapter = first_record(scale, "lora_fp32")
     weak = bool(adapter) and scores(adapter)["f1"] < LEAST_F1
     attacks, found = attack_findings(None), {}

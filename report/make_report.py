@@ -85,9 +85,9 @@ def read_scale(folder, key):
     records = read_records(folder)
     summary = folder.parent / f"{folder.name}_seeds.json"
     title, note = TITLES.get(key, (key, ""))
-    if "--init_from" in records.get("pretrain", {}).get("command", ""):
-        note = f"{note}; it goes on from a model pretrained elsewhere"
     scale = {"key": key, "title": title, "note": note, "records": records, "variant": key.endswith(VARIANT)}
+    if "--init_from" in (first_record(scale, "pretrain") or {}).get("command", ""):
+        scale["note"] += "; it goes on from a model pretrained elsewhere"
     scale["summary"] = read_if(summary)
     scale["n"] = scale["blocks"] = 0
     model, trained, seeds = "", "", []
@@ -106,14 +106,12 @@ def read_scale(folder, key):
 
 
 def about_sweep(record):
-    """Low bits and questions of a sweep, its flips of one linear, and how many of these move EM; None without one."""
+    """Low bits and questions of a sweep, its flips of one linear, and how many of these lose EM; None without one."""
     if not record:
         return None
     (data,) = record["data"].values()
     flips = [flip for flip in low_flips(record) if flip["kind"] == "layer"]
-    clear = [
-        flip for flip in flips if flip["exact_match_drop_interval"][0] > 0 or flip["exact_match_drop_interval"][1] < 0
-    ]
+    clear = [flip for flip in flips if flip["exact_match_drop_interval"][0] > 0]
     return {"low": flips[0]["low_bits"], "n": data["examples"], "flips": len(flips), "clear": len(clear)}
 
 

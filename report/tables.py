@@ -5,8 +5,8 @@ import statistics
 from findings import first_record, over_seeds, row_of, scores, shown
 
 LABELS = {
-    "full_fp32": "full fine-tuning, float32",
-    "lora_fp32": "LoRA, float32",
+    "full_fp32": "full fine-tuning, not quantized",
+    "lora_fp32": "LoRA, not quantized",
     **{
         f"ptq_{q}_{bits}": f"LoRA, then {bits}"
         for bits in ("W8A8KV8", "W4A8KV8", "W4A4KV4", "hybrid")
@@ -17,17 +17,19 @@ LABELS = {
     **{f"static_w{bits}_{q}": f"LoRA trained at {bits} bits" for bits in (8, 4) for q in ("minmax", "rotated")},
     "qlora_nf4": "LoRA beside an nf4 base (QLoRA; weights only)",
     **{f"qlora_w4_{q}": "LoRA beside a base at W4A16KV16 (weights only)" for q in ("minmax", "rotated")},
-    "separator_none": "LoRA, float32, nothing after the question (else a newline)",
-    "separator_space": "LoRA, float32, a space after the question",
+    "separator_none": "LoRA, not quantized, nothing after the question (else a newline)",
+    "separator_space": "LoRA, not quantized, a space after the question",
 }
 SWITCHABLE = {
-    "switch_eval": "joint, 4 bits join late",
-    "switch_minmax_eval": "joint, from the start",
-    "switch_sequential_eval": "sequential, as published",
+    "switch_eval": "joint, rotated, 4 bits join late",
+    "switch_minmax_eval": "joint, MinMax, from the start",
+    "switch_sequential_eval": "sequential, MinMax, as published",
 }
 OBJECTIVES = {
-    "LoRA in float32, quantized afterwards": ("ptq_rotated_W8A8KV8", "ptq_rotated_W4A4KV4"),
-    "one training a width": ("static_w8_rotated", "static_w4_rotated"),
+    "LoRA, quantized afterwards, rotated": ("ptq_rotated_W8A8KV8", "ptq_rotated_W4A4KV4"),
+    "LoRA, quantized afterwards, MinMax": ("ptq_minmax_W8A8KV8", "ptq_minmax_W4A4KV4"),
+    "one training a width, rotated": ("static_w8_rotated", "static_w4_rotated"),
+    "one training a width, MinMax": ("static_w8_minmax", "static_w4_minmax"),
 }
 TRAININGS = {
     "switch_eval": "switch_train",

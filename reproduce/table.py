@@ -23,8 +23,18 @@ OTHERS = "lihe07/llm_qat_test"
 OVERVIEW = {  # of README.md: row -> (source and setting in published.json, step, config)
     "full fine-tuning": ("QaLoF", "full fine-tuning, float32", "full_fp32", None),
     "LoRA, not quantized": ("QaLoF", "LoRA, bf16, not quantized", "lora_fp32", None),
-    "post-training, 8 bits, MinMax": (OTHERS, "post-training, W8A8, one scale a tensor", "ptq_minmax_W8A8KV8", None),
-    "post-training, 4 bits, MinMax": (OTHERS, "post-training, W4A4, one scale a tensor", "ptq_minmax_W4A4KV4", None),
+    "post-training, 8 bits, MinMax (published: lihe07, one scale a tensor, float 63.99)": (
+        OTHERS,
+        "post-training, W8A8, one scale a tensor",
+        "ptq_minmax_W8A8KV8",
+        None,
+    ),
+    "post-training, 4 bits, MinMax (published: the same)": (
+        OTHERS,
+        "post-training, W4A4, one scale a tensor",
+        "ptq_minmax_W4A4KV4",
+        None,
+    ),
     "post-training, 4 bits, **rotated**": (None, None, "ptq_rotated_W4A4KV4", None),
     "8-bit static, MinMax": ("QaLoF", "8-bit static", "static_w8_minmax", None),
     "4-bit static, MinMax": ("QaLoF", "4-bit static", "static_w4_minmax", None),

@@ -59,7 +59,7 @@ def test_changed_number_of_a_record_changes_the_report(records, tmp_path):
     before, pdf = built(records, tmp_path)
     change(records, "lora_fp32", lambda record: record["metrics"].update(eval_exact_match=12.3))
     after, changed = built(records, tmp_path)
-    row = next(row for row in after["tables"]["accuracy"]["rows"] if row[0] == "LoRA, float32")
+    row = next(row for row in after["tables"]["accuracy"]["rows"] if row[0] == "LoRA, not quantized")
     assert row[3].startswith("12.3 [") and "12.3 / " in json.dumps(after["published"])
     assert "12.3" not in json.dumps(before) and pdf != changed
 
@@ -153,7 +153,7 @@ def test_a_variant_beside_the_records_gets_a_column(records, tmp_path):
     accuracy = data["tables"]["accuracy"]
     assert accuracy["header"][3::3] == ["small: EM", "small, outliers: EM"]
     rows = {row[0]: row[3::3] for row in accuracy["rows"]}
-    assert rows["LoRA, float32"][1].startswith("12.3 [") and rows["LoRA trained at 4 bits"][1] == "-"
+    assert rows["LoRA, not quantized"][1].startswith("12.3 [") and rows["LoRA trained at 4 bits"][1] == "-"
     assert (
         data["pictures"]["accuracy"]["of"] == "small and small, outliers" and data["pictures"]["heat"]["of"] == "small"
     )
@@ -235,6 +235,60 @@ def test_adversarial_training_is_told_from_its_records(records, tmp_path):
         *("holds", "does not hold", "not shown")
     ]
     assert told["beats"] == {"measured": "+5.0", "basis": "1 seed: no interval", "verdict": "not shown"}
+
+
+def evaluated(rows):
+    """{42: record} of an evaluation. rows: {config: (EM, drop, [low, high])}."""
+    rows = [
+        {"config": name, "exact_match": em, "f1": em, "average_w_bits": 8, "exact_match_drop": drop}
+        | {"exact_match_drop_interval": interval}
+        for name, (em, drop, interval) in rows.items()
+    ]
+    return {42: {"rows": rows, "data": {"validation": {"examples": 100}}}}
+
+
+def test_a_finding_compares_trainings_of_one_quantizer():
+    none = [0.0, 0.0]
+    switch = {
+        "W8A8KV8": (80.0, 0.0, none),
+        "hybrid_8blocks": (79.0, 1.0, [0.5, 1.5]),
+        "W4A4KV4": (70.0, 10.0, [8, 12]),
+    }
+    cyclic = {"W8A8KV8": (80.0, 0.0, none), "W6A6KV6": (79.0, 1.0, [0.2, 1.8]), "W4A4KV4": (60.0, 20.0, [18, 22])}
+    static = {
+        bits: {42: {"metrics": {"eval_exact_match": em, "eval_f1": em}, "data": {"validation": {"examples": 100}}}}
+        for bits, em in (("w8_minmax", 79.0), ("w4_minmax", 61.0), ("w8_rotated", 10.0), ("w4_rotated", 10.0))
+    }
+    for found in static.values():
+        found[42]["bit_config"] = {}
+    records = {
+        "switch_eval": evaluated(switch),
+        "switch_minmax_eval": evaluated({"W4A4KV4": (65.0, 0.0, none)}),
+        "switch_sequential_eval": evaluated({"W4A4KV4": (64.0, 0.0, none)}),
+        "cpt_eval": evaluated({name: (99.0, 0.0, none) for name in cyclic}),
+        "cpt_minmax_eval": evaluated(cyclic),
+        **{f"static_{name}": found for name, found in static.items()},
+    }
+    scale = {"records": records, "summary": None, "blocks": 8, "n": 100}
+    found = findings.findings(scale)
+    gaps = {key: found[key]["gap"] and found[key]["gap"][0] for key in found}
+    assert (gaps["sequential"], gaps["recipe"], gaps["cpt_gain"], gaps["cpt_four"]) == (1.0, 6.0, 1.0, -1.0)
+    assert gaps["cpt_widths"] == 1.0 and found["cpt_widths"]["basis"].startswith("MinMax, W6A6KV6")
+    assert found["hybrid"]["gap"] == [1.0, 0.5, 1.5] and found["hybrid"]["verdict"] == "holds"
+    del records["cpt_minmax_eval"]
+    found = findings.findings(scale)
+    assert found["cpt_gain"]["gap"][0] == 89.0 and found["cpt_four"]["basis"].startswith("rotated, ")
+
+
+def test_a_gain_is_no_loss_and_a_model_made_elsewhere_is_named(tmp_path):
+    flips = {
+        name: {"kind": "layer", "operand": "together", "low_bits": "4", "exact_match_drop_interval": interval}
+        for name, interval in {"a": [0.1, 0.9], "b": [-0.9, -0.1], "c": [-0.1, 0.1]}.items()
+    }
+    report = load_script("report/make_report.py")
+    assert report.about_sweep({"data": {"train": {"examples": 9}}, "flips": flips})["clear"] == 1
+    assert "goes on from a model pretrained elsewhere" in report.read_scale(RESULTS / "small", "small")["note"]
+    assert "elsewhere" not in report.read_scale(RESULTS / "small_outliers", "small_outliers")["note"]
 
 
 def test_verdicts_need_an_interval():
