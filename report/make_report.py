@@ -182,8 +182,9 @@ def robust(records):
         "words": robustness.words_table(records),
         "tokens": robustness.tokens_table(records),
         "table": robustness.training_table(records),
+        "needle": robustness.needle_table(records),
         "findings": robustness.training_findings(records),
-        "about": {key: f"{settings[key]:g}" for key in ("attack_steps", "radius")} if matrices else None,
+        "about": {"radius": f"{settings['radius']:g}"} if matrices else None,
         "n": sorted({str(record["data"]["attacked"]["examples"]) for record in matrices}),
     }
 

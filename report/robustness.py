@@ -7,7 +7,12 @@ from tables import em, table
 
 FLOAT = "W32A32KV32"
 TASKS = {"classification": "classifier", "qa": "questions"}
-ARMS = {"plain": "not", "8bit": "at 8 bits", "rpt": "at random ones (RPT)"}
+ARMS = {
+    "plain": "not",
+    "8bit": "at 8 bits",
+    "rpt": "at random ones (RPT), updated at another",
+    "rpt_same": "at random ones (RPT), updated at the same",
+}
 WORDS = {"words": "synonyms", "pwws": "synonyms, PWWS's order", "letters": "letters edited"}
 QUANTIZERS = {"minmax": "MinMax", "rotated": "rotated"}
 METHODS = {"hotflip": "HotFlip", "pgd": "PGD"}
@@ -72,6 +77,11 @@ def measured(records):
     return {key: records[name] for key in names if (name := "adv_{}_{}_matrix".format(*key)) in records}
 
 
+def about_matrix(record):
+    """[precision set, steps of an attack] of a matrix, as text."""
+    return [", ".join(record["bit_config"]["precision_set"]), str(record["settings"]["attack_steps"])]
+
+
 def accuracies(record):
     """Accuracy of one matrix in percent: {"clean", "fixed", "drawn", "adaptive"}.
 
@@ -98,9 +108,36 @@ def training_table(records):
             of_seeds = [record["protection"][name] for record in found.values()]
             gap, _ = effect([one["points"] for one in of_seeds], of_seeds[0]["interval"])
             gaps.append(shown(gap))
-        rows.append([TASKS[task], ARMS[arm], *means[:3], gaps[0], means[3], gaps[1], str(len(found))])
-    header = ["task", "attacked in training", "no attack", "best fixed, attacked at its own", "random, attacker draws"]
+        about = about_matrix(next(iter(found.values())))
+        rows.append([TASKS[task], ARMS[arm], *about, *means[:3], gaps[0], means[3], gaps[1], str(len(found))])
+    header = ["task", "attacked in training", "set", "steps", "no attack", "best fixed, attacked at its own"]
+    header += ["random, attacker draws"]
     return table([*header, "minus best fixed", "random, attacker knows (EOT)", "minus best fixed", "seeds"], rows)
+
+
+def needle_table(records):
+    """What changes a random precision's worth: its set, k queries, a precision a layer, quantizer. None without."""
+    found = {(*key, "MinMax"): each for key, each in measured(records).items()}
+    if rotated := records.get("adv_classification_rpt_rotated_matrix"):
+        found["classification", "rpt", "rotated"] = rotated
+    rows = []
+    for (task, arm, quantizer), each in found.items():
+        cells, layers = [], []
+        for record in each.values():
+            members, random = record["bit_config"]["precision_set"], record["random_precision"]
+            ends = members[0], members[-1]
+            pair = [record["matrix"][attacked][served]["all"]["accuracy"] for attacked in ends for served in ends]
+            known = next(one for row, one in random.items() if row.startswith("eot"))
+            cells.append([record["protection"]["mean_all"], statistics.mean(pair), known["expected"]])
+            cells[-1].append(known["queries"]["10"])
+            layers += [known["per_layer"]["difference"]] if known["per_layer"] else []
+        means = [f"{statistics.mean(column):.1f}" for column in zip(*cells, strict=True)]
+        gap = effect([one["points"] for one in layers], layers[0]["interval"])[0] if layers else None
+        about = about_matrix(next(iter(each.values())))
+        rows.append([TASKS[task], ARMS[arm], quantizer, about[0], *means, shown(gap) if gap else "-", str(len(each))])
+    header = ["task", "attacked in training", "quantizer", "set", "attacker draws", "of lowest and highest alone"]
+    header += ["knows (EOT)", "knows, asks 10 times", "one a layer minus one a model, EOT", "seeds"]
+    return table(header, rows)
 
 
 def training_findings(records):
@@ -148,6 +185,12 @@ def words_table(records):
                 compared = [gains.get((texts, name)) for texts in ("each attacked at its own", f"found at {FLOAT}")]
                 over = [shown([one["points"], *one["interval"]]) if one else "-" for one in compared]
                 rows.append([label, quantized, name, *found, *over])
+            if rpi := first_record({"records": records}, f"{kind}_{quantizer}_rpi"):
+                drawn = {row.partition("(")[0]: one["expected"] for row, one in rpi["random_precision"].items()}
+                served = f"drawn of {', '.join(rpi['bit_config']['precision_set'])}"
+                rows.append(
+                    [label, quantized, served, f"{drawn['no attack']:.1f}", "-", f"{drawn['random']:.1f}", "-", "-"]
+                )
     header = ["replaced", "quantizer", "served at", "no attack", "at random", "attacked anew", "minus float32"]
     return table([*header, "found in float32, minus float32"], rows)
 

@@ -73,10 +73,11 @@ WORD_ATTACKS = {  # the most important word first, PWWS's order, and edited lett
     "pwws": "--synonyms {synonyms}/synonyms.json --order pwws",
     "letters": "--candidates characters --max_fraction 0.1",
 }
-ARMS = {  # of adversarial training: none, at one width, at random ones
+ARMS = {  # of adversarial training: none, at one width, at random ones, updated at another of them or at the same
     "plain": "--pgd_steps 0 --precision_set 8",
     "8bit": "--precision_set 8",
     "rpt": "--precision_set 4 5 6 7 8",
+    "rpt_same": "--precision_set 4 5 6 7 8 --attack_precision same",  # as published
 }
 DISTRACTORS = {"": "", "_control": "--control"}
 DISTRACTED = "8 W4A8KV8 4 --random_precision 8 W4A8KV8 4"
@@ -237,6 +238,9 @@ STEPS = {
         )
         for arm in ARMS
     },
+    "adv_classification_rpt_rotated_matrix": pgd_matrix(
+        "adv_classification_rpt", "--task classification --quantizer rotated", "{+topics}"
+    ),
     **{
         f"adv_qa_{arm}": qa("adv_attack/adv_train.sh", "model", "--task qa", "{+adv_qa}", flags)
         for arm, flags in ARMS.items()

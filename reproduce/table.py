@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "report"), str(ROOT / "quickstart")]
 from make_report import PUBLISHED, read, read_records  # noqa: E402
 from report import markdown, write_into  # noqa: E402
-from robustness import distractor_table, tokens_table, training_table, words_table  # noqa: E402
+from robustness import distractor_table, needle_table, tokens_table, training_table, words_table  # noqa: E402
 from tables import UNPUBLISHED, ours_of, scores  # noqa: E402
 
 OTHERS = "lihe07/llm_qat_test"
@@ -122,6 +122,7 @@ def main():
     scale, robust = ({"records": records_of(folder)} for folder in (args.small, args.small_robust))
     attacks = {"distractor": distractor_table(scale), "words": words_table(robust["records"])}
     attacks |= {"tokens": tokens_table(robust["records"]), "robust": training_table(robust["records"])}
+    attacks |= {"needle": needle_table(robust["records"])}
     found = {name: one or {"header": ["not measured"], "rows": []} for name, one in attacks.items()}
     pages = {"published": text, "overview": overview(small)}
     write_into(args.pages, pages | {name: markdown(one["header"], one["rows"]) for name, one in found.items()})

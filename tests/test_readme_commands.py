@@ -128,10 +128,10 @@ def test_command_is_understood(source, folder, command, start, copy):
         parse_flags(path, words, partial="..." in command)
 
 
-@pytest.mark.parametrize("scale", ["tiny", "gpt2", "small_lm", "small_sizes"])
+@pytest.mark.parametrize("scale", ["tiny", "gpt2", "small_lm", "small_sizes", "small_robust"])
 def test_steps_of_the_protocol_are_understood(scale, start, copy, monkeypatch):
     place_inputs(copy)
-    for name in ("SMALL_GPT2", "TEXT_FILE", "VALIDATION_TEXT", "TOKENIZER"):
+    for name in ("SMALL_GPT2", "SMALL_WORK", "TOPICS", "TEXT_FILE", "VALIDATION_TEXT", "TOKENIZER", "VALIDATION_FILE"):
         monkeypatch.setenv(name, "/dev/null")
     dry = subprocess.run(
         [sys.executable, ROOT / "reproduce" / "run.py", scale, "--dry_run"], capture_output=True, text=True

@@ -184,15 +184,32 @@ def test_tables_beside_each_other():
     assert tables.beside([("one", None)], 1) is None
 
 
-def pgd_record(seed, points, drawn=50.0, fixed=40.0):
+SET = "W4A4KV4, W6A6KV6, W8A8KV8"
+
+
+def pgd_record(seed, points, drawn=50.0, fixed=40.0, steps=20):
     gap = {"points": points, "interval": [points - 1, points + 1]}
     return {
         "metrics": {},
         "data": {"attacked": {"examples": 500}},
         "seed": seed,
         "model": "m",
-        "settings": {"attack_steps": 20, "radius": 0.1},
-        "random_precision": {"no attack": {"expected": 90.0}, "eot(4, 8)": {"expected": 30.0}},
+        "settings": {"attack_steps": steps, "radius": 0.1},
+        "bit_config": {"precision_set": ["W4A4KV4", "W6A6KV6", "W8A8KV8"]},
+        "matrix": {
+            a: {b: {"all": {"accuracy": value}} for b, value in zip(SET.split(", "), row, strict=True)}
+            for a, row in zip(
+                SET.split(", "), ((11.0, 12.0, 13.0), (21.0, 22.0, 23.0), (31.0, 32.0, 33.0)), strict=True
+            )
+        },
+        "random_precision": {
+            "no attack": {"expected": 90.0},
+            "eot(4, 8)": {
+                "expected": 30.0,
+                "queries": {"10": 5.0},
+                "per_layer": {"difference": {"points": 1.0, "interval": [-1.0, 3.0]}},
+            },
+        },
         "protection": {
             "best_fixed": {"name": "W8A8KV8", "accuracy": fixed},
             "mean_all": drawn,
@@ -210,13 +227,15 @@ def test_adversarial_training_is_told_from_its_records(records, tmp_path):
     folder.mkdir()
     for name, seed, points in (("", 42, 5.0), ("_43", 43, 6.0), ("_44", 44, 7.0)):
         (folder / f"adv_qa_rpt_matrix{name}.json").write_text(json.dumps(pgd_record(seed, points)))
-    (folder / "adv_qa_8bit_matrix.json").write_text(json.dumps(pgd_record(42, -3.0, fixed=45.0)))
+    (folder / "adv_qa_8bit_matrix.json").write_text(json.dumps(pgd_record(42, -3.0, fixed=45.0, steps=10)))
     robust = built(records, tmp_path)[0]["robust"]
-    assert robust["n"] == ["500"] and robust["about"] == {"attack_steps": "20", "radius": "0.1"}
+    assert robust["n"] == ["500"] and robust["about"] == {"radius": "0.1"}
     assert robust["table"]["rows"] == [
         [
             "questions",
             "at 8 bits",
+            SET,
+            "10",
             "90.0",
             "45.0",
             "50.0",
@@ -226,10 +245,11 @@ def test_adversarial_training_is_told_from_its_records(records, tmp_path):
             "1",
         ],
         [
-            *("questions", "at random ones (RPT)", "90.0", "40.0", "50.0"),
+            *("questions", "at random ones (RPT), updated at another", SET, "20", "90.0", "40.0", "50.0"),
             *("+6.0 [+3.5, +8.5]", "30.0", "−6.0 [−8.5, −3.5]", "3"),
         ],
     ]
+    assert robust["needle"]["rows"][1][3:] == [SET, "50.0", "22.0", "30.0", "5.0", "+1.0 [+1.0, +1.0]", "3"]
     told = robust["findings"]["qa"]
     assert [told[claim]["verdict"] for claim in ("protects", "adaptive", "beats")] == [
         *("holds", "does not hold", "not shown")
