@@ -137,6 +137,7 @@ def tables_of(scale):
     return {
         "accuracy": (tables.accuracy_table(scale), 3),
         "assignments": (assignments, 2),
+        "found": (tables.found_table(scale), 1),
         "budgets": (budgets, 1),
         "ranks": (ranks, 2),
         "objectives": (tables.objectives_table(scale), 2),

@@ -85,6 +85,7 @@ def accuracy_table(scale):
     for step, label in SWITCHABLE.items():
         if record := first_record(scale, step):
             names = [row["config"] for row in record["rows"]]
+            label = label.replace(", rotated", "").replace(", MinMax", "")  # which has a column
             rows += [score_row(f"{label}; served {name}", scale["records"][step], name) for name in names]
     return table(ACCURACY, [row for row in rows if row])
 
@@ -163,6 +164,19 @@ def search_tables(scale):
     budget = ["bits of W", "moved by measured swaps", "EM of found minus mean of random", "random better"]
     assignments = table(["assignment", "bits of W", "EM", "loss of EM against the reference"], rows)
     return assignments, table(budget, budgets), table(header, ranks)
+
+
+def found_table(scale):
+    """Blocks whose linear keeps the reference's weight bits in the first found assignment, by kind of linear."""
+    record = first_record(scale, "search")
+    layers = record["bit_config"]["layers"] if record else {}
+    if "found" not in layers:
+        return None
+    high, kept = layers[record["bit_config"]["reference"]], {}
+    for name, bits in layers["found"].items():
+        block, _, kind = name.removeprefix("transformer.h.").partition(".")
+        kept.setdefault(kind, []).extend([block] * (bits["w_bits"] == high[name]["w_bits"]))
+    return table(["linear", "blocks"], [[kind, " ".join(blocks) or "none"] for kind, blocks in kept.items()])
 
 
 def objectives_table(scale):

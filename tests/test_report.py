@@ -300,6 +300,15 @@ def test_a_finding_compares_trainings_of_one_quantizer():
     assert found["cpt_gain"]["gap"][0] == 89.0 and found["cpt_four"]["basis"].startswith("rotated, ")
 
 
+def test_what_the_search_keeps():
+    low, high, names = {"w_bits": 4}, {"w_bits": 8}, ("0.attn.c_attn", "0.mlp.c_fc", "1.attn.c_attn", "1.mlp.c_fc")
+    layers = {"W8A8KV8": {f"transformer.h.{name}": high for name in names}}
+    layers["found"] = layers["W8A8KV8"] | {f"transformer.h.{name}": low for name in (names[1], names[3], names[0])}
+    record = {"bit_config": {"reference": "W8A8KV8", "layers": layers}}
+    found = tables.found_table({"records": {"search": {42: record}}})
+    assert found["rows"] == [["attn.c_attn", "1"], ["mlp.c_fc", "none"]]
+
+
 def test_a_gain_is_no_loss_and_a_model_made_elsewhere_is_named(tmp_path):
     flips = {
         name: {"kind": "layer", "operand": "together", "low_bits": "4", "exact_match_drop_interval": interval}
