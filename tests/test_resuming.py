@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import resource
 import shutil
 import signal
@@ -310,6 +311,15 @@ def test_nothing_is_deleted_when_no_checkpoint_can_be_resumed(run, tmp_path):
         run("--save_only_model")
     assert (tmp_path / "out" / "checkpoint-4" / "model.safetensors").is_file()
     assert run("--save_only_model", "--overwrite_output_dir")["continues"] is None
+
+
+def test_upstreams_mark_of_a_checkpoint_in_the_making_is_no_part_of_it(finished, tmp_path):
+    folder = pathlib.Path(shutil.copytree(finished / "checkpoint-4", tmp_path / "checkpoint-4"))
+    (folder / resuming.MANIFEST_FILE).unlink()
+    (mark := folder / "checkpoint-is-incomplete.txt").touch()  # of --enable_jit_checkpoint, which removes it last
+    resuming.seal(str(folder))
+    mark.unlink()
+    assert resuming.resume_fault(str(folder), world_size=1) is None
 
 
 def test_a_checkpoint_of_another_number_of_processes_is_none(finished):
