@@ -271,6 +271,7 @@ def test_the_record_of_a_finished_training_keeps_what_it_ran_on(run, monkeypatch
     assert again["trained_on"] == first["trained_on"] and again["git"]["commit"] == "another"
     assert first["trained_on"]["metrics"]["train_loss"] == first["metrics"]["train_loss"]
     assert again["device"] == first["device"] and again["device"].startswith("CPU")
+    assert again["peak_memory_bytes"]["cuda"] is None
 
 
 def test_best_model_by_f1_is_kept(run, tmp_path):

@@ -202,6 +202,16 @@ def test_checkpoint_without_bank_is_evaluated_as_it_is(run, tiny_model):
     assert list(rows_of(out)) == ["checkpoint"]
 
 
+@pytest.mark.parametrize("changed", [{"git": {"commit": "another", "dirty": False}}, {"threads": 99}])
+def test_rows_of_other_code_or_another_machine_are_not_taken(changed, run, count, monkeypatch):
+    predictions = count(run_qa_eval.QuestionAnsweringTrainer, "predict_texts")
+    run(run_qa_eval, "--bit_configs", "8")
+    other = run_qa_eval.surroundings() | changed
+    monkeypatch.setattr(run_qa_eval, "surroundings", lambda: other)
+    run(run_qa_eval, "--bit_configs", "8")
+    assert len(predictions) == 2
+
+
 def test_resume_evaluates_only_what_is_missing(run, count, tmp_path):
     predictions = count(run_qa_eval.QuestionAnsweringTrainer, "predict_texts")
     whole = run(run_qa_eval, "--bit_configs", "8", "4", "W4A8KV8", out="whole")
