@@ -421,3 +421,12 @@ def test_language_model_refuses_without_training_and_rotated(clm):
         clm.train("--base_quantization", "nf4", "--bit_widths", 32, "--quantizer", "rotated")
     with pytest.raises(ValueError, match="memory that CUDA shares"):
         clm.train("--optim", "paged_adamw_32bit")
+
+
+@pytest.mark.parametrize("method", ["8bit", "nf4"])
+def test_bitsandbytes_computes_in_the_mode_of_the_model(method, tiny_model):
+    """In training mode a CPU dequantizes the weights, also of 8bit, which else rounds activations too."""
+    for training in (False, True):
+        model = QuantGPT2ForQuestionAnswering.from_pretrained(tiny_model).train(training)
+        quantize_with_bitsandbytes(model, method)
+        assert {module.training for module in model.modules()} == {training}

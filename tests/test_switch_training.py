@@ -324,6 +324,7 @@ def test_training_modes(flags, evaluated, passes, run, tmp_path):
     assert record["bit_config"]["layers"] == record["bit_configs"][evaluated[0]]["layers"], "left at the highest"
     model = QuantGPT2ForQuestionAnswering.from_pretrained(tmp_path / "out")
     assert model.config.bit_config == record["bit_config"]["layers"]
+    assert model.config.trained_bit_configs == (["W4A4KV4"] if "--bit_configs" in flags else None)
     assert "transformer.wte.weight" not in weights(tmp_path / "out")
     if "--bf16" not in flags:
         widths = ("--bit_configs", *flags[1:]) if "--bit_configs" in flags else ()
