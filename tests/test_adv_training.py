@@ -527,7 +527,7 @@ def test_arms_of_the_protocol_differ_in_the_attack_alone(monkeypatch):
     command = [sys.executable, ROOT / "reproduce" / "run.py", "small_robust", "--dry_run"]
     dry = subprocess.run(command, capture_output=True, text=True, env={**names, "PATH": "/usr/bin:/bin"}, check=True)
     lines = dry.stdout.splitlines()
-    assert len([line for line in lines if "records/adv_" in line]) == 36
+    assert len([line for line in lines if "records/adv_" in line]) == 45
     for task in ("classification", "qa"):
         found = {}
         for arm in ("plain", "8bit", "rpt"):
@@ -538,3 +538,7 @@ def test_arms_of_the_protocol_differ_in_the_attack_alone(monkeypatch):
             (False, ["8"]), (True, ["8"]), (True, ["4", "5", "6", "7", "8"])
         ]  # fmt: skip
         assert len({(args.model_name_or_path, args.max_steps, args.radius) for args in found.values()}) == 1
+    (line,) = [line for line in lines if "records/adv_classification_rpt_same.json" in line]
+    words = line.split("adv_train.sh ")[1].split()
+    same = parse_flags("adv_attack/adversarial_training.py", ["--task", "classification", *words])
+    assert (same.precision_set, same.attack_precision) == (["4", "5", "6", "7", "8"], "same")

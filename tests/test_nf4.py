@@ -405,7 +405,7 @@ def test_language_model_refuses_other_bits(words, clm, tmp_path):
     ("words", "message"),
     [
         (("--train_all_weights",), "a base in 4 bits does not train: no --train_all_weights"),
-        (("--objective", "kd"), "the base is no full-precision teacher: pass --teacher_name_or_path"),
+        (("--objective", "kd"), "a base in 4 bits is no full-precision teacher: pass --teacher_name_or_path"),
     ],
 )
 def test_language_model_refuses_to_train_or_to_distil_from_nf4(words, message, clm, tmp_path):
