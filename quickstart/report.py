@@ -261,6 +261,7 @@ def main():
     for name, make in tables.items():
         if (args.records / f"{name}.json").exists():
             text += f"\n\n{make(load(args.records / f'{name}.json'))}"
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "quickstart.md").write_text(f"{text}\n")
     plot(rows, args.output_dir / "quickstart.png")
     write_into(args.pages, {"quickstart": text})

@@ -105,10 +105,10 @@ def made_anew(script, words, pages, folder):
 
 def test_tables_and_plot_of_the_quick_start_come_from_the_records(tmp_path):
     pages = ["quickstart/README.md"]
-    texts = made_anew("report.py", ["--records", RESULTS, "--output_dir", tmp_path], pages, tmp_path)
+    texts = made_anew("report.py", ["--records", RESULTS, "--output_dir", tmp_path / "new"], pages, tmp_path)
     assert texts == [(ROOT / page).read_text() for page in pages], "quickstart/README.md says how"
     assert "quickstart table: begin" in texts[0]
-    assert (tmp_path / "quickstart.png").is_file()
+    assert (tmp_path / "new" / "quickstart.png").is_file()
 
 
 def test_table_of_the_language_model(tmp_path):
