@@ -174,16 +174,22 @@ def test_one_faulty_request_of_a_batch_fails_alone(served):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--port", "0"], "--port 0: 1 to 65535"),
         (["--max_batch", "0"], "--max_batch 0: 1 to"),
         (["--model_name_or_path", "missing"], "huggingface.co"),
         (["--bit_configs", "9"], "9 is not a bit-width"),
         (["--max_seq_length", "16", "--doc_stride", "15"], "allowed: more than --doc_stride 15. Raise"),
     ],
 )
-def test_server_refuses(words, message, tiny_model):
-    words = words if "--model_name_or_path" in words else ["--model_name_or_path", tiny_model, *words]
-    done = subprocess.run(
-        [sys.executable, os.path.join(ROOT, "serving", "serve.py"), *words], capture_output=True, text=True
-    )
-    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+def test_server_refuses(words, message, tiny_model, monkeypatch):
+    words = words if "--model_name_or_path" in words else ["--model_name_or_path", str(tiny_model), *words]
+    monkeypatch.setattr(sys, "argv", ["serve.py", *words])
+    with pytest.raises(SystemExit) as stop, serve.plain_errors():
+        serve.main()
+    assert str(stop.value).startswith("error: ") and message in str(stop.value)
+
+
+def test_a_mistake_is_one_line_without_a_traceback(tiny_model):
+    script = os.path.join(ROOT, "serving", "serve.py")
+    command = [sys.executable, script, "--model_name_or_path", tiny_model, "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "error: --port 0: 1 to 65535" in done.stderr and "Traceback" not in done.stderr
