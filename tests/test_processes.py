@@ -16,12 +16,13 @@ from conftest import NAMES, ROOT, THINGS
 
 # Calls main() of a script once for every list of flags, in one process group.
 DRIVER = """
-import importlib, json, sys
+import importlib, json, sys, torch
 folder, module, runs = sys.argv[1:]
 sys.path.insert(0, folder)
 for argv in json.loads(runs):
     sys.argv = [module, *argv]
     importlib.import_module(module).main()
+torch.distributed.destroy_process_group()  # as `plain_errors` does at the end of a script
 """
 SCRIPTS = {  # what is trained in float32
     "base_model/run_qa": (),

@@ -7,6 +7,7 @@ import warnings
 
 import datasets
 import transformers
+from torch import distributed
 from transformers.utils.versions import require_version
 
 from common.record import hide_tokens
@@ -43,3 +44,5 @@ def plain_errors():
         if not (isinstance(error, UserError | FloatingPointError) or is_disk_error(error)):
             raise
         sys.exit(hide_tokens(f"error: {error}"))
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()  # its threads, alive at the exit, can abort a process that is done
