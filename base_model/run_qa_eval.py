@@ -35,14 +35,7 @@ from common.data import (
     set_qa_quantizer,
 )
 from common.flags import parse_args
-from common.loading import (
-    describe_bits,
-    load_model,
-    load_tokenizer,
-    resolve_configs,
-    resolve_random,
-    trained_configs,
-)
+from common.loading import describe_bits, load_model, load_tokenizer, resolve_configs, resolve_random, trained_configs
 from common.noise import floor_cell, noise_floor
 from common.outliers import draw_outliers, outlier_lines
 from common.record import (
@@ -308,9 +301,8 @@ def main():
         outliers = outlier_ratios(input_rms(model, windows))
     overwrite = data_args.overwrite_output_dir
     evaluator = Evaluator(model, tokenizer, model_args, data_args, training_args, quantizer, overwrite)
-    model.keep_only_codes(
-        [*configs.values(), *drawn.values()]
-    )  # once the identity of the records has the checksum of the weights
+    # once the identity of the records has the checksum of the weights
+    model.keep_only_codes([*configs.values(), *drawn.values()])
     records = evaluator.evaluate_all(configs)
     rows = evaluator.table(records, reference, model_args.num_bootstrap)
     if model_args.noise_floor:

@@ -21,9 +21,9 @@ LABELS = {
     "separator_space": "LoRA, not quantized, a space after the question",
 }
 SWITCHABLE = {
-    "switch_eval": "joint, rotated, 4 bits join late",
-    "switch_minmax_eval": "joint, MinMax, from the start",
-    "switch_sequential_eval": "sequential, MinMax, as published",
+    "switch_eval": "joint, 4 bits join late",
+    "switch_minmax_eval": "joint, from the start",
+    "switch_sequential_eval": "sequential, as published",
 }
 OBJECTIVES = {
     "LoRA, quantized afterwards, rotated": ("ptq_rotated_W8A8KV8", "ptq_rotated_W4A4KV4"),
@@ -58,13 +58,19 @@ def em(found):
     return f"{statistics.mean(values):.1f} ({min(values):.1f} – {max(values):.1f})"
 
 
+def quantizer_of(records):
+    """Of the records of a step, as the tables write it."""
+    name = next(iter(records.values()))["bit_config"].get("quantizer", "")
+    return {"minmax": "MinMax"}.get(name, name)
+
+
 def score_row(label, records, config=None):
     """A row of the accuracy table, None where the config is not in the records. records: {seed: record}."""
     found = [score for record in records.values() if (score := scores(record, config))]
     if not found:
         return None
-    bits, quantizer = found[0]["average_w_bits"], next(iter(records.values()))["bit_config"].get("quantizer", "")
-    quantizer = "" if bits is None or bits >= 16 else {"minmax": "MinMax"}.get(quantizer, quantizer)
+    bits = found[0]["average_w_bits"]
+    quantizer = "" if bits is None or bits >= 16 else quantizer_of(records)
     f1 = f"{statistics.mean(score['f1'] for score in found):.1f}"
     return [
         label,
@@ -85,7 +91,6 @@ def accuracy_table(scale):
     for step, label in SWITCHABLE.items():
         if record := first_record(scale, step):
             names = [row["config"] for row in record["rows"]]
-            label = label.replace(", rotated", "").replace(", MinMax", "")  # which has a column
             rows += [score_row(f"{label}; served {name}", scale["records"][step], name) for name in names]
     return table(ACCURACY, [row for row in rows if row])
 
@@ -193,6 +198,7 @@ def objectives_table(scale):
         if records := scale["records"].get(step):
             found = [[s for r in records.values() if (s := scores(r, name))] for name in ("W8A8KV8", "W4A4KV4")]
             training = first_record(scale, TRAININGS[step]) or {}
+            label = f"{label}, {quantizer_of(records)}"
             rows.append([label, str(training.get("passes", "")), *(em(values) if values else "-" for values in found)])
     return table(["training", "passes", "EM at 8 bits", "EM at 4 bits"], rows)
 

@@ -26,12 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ("description", "work", "model", "classifier_model", "train_file", "validation_file", "hybrid", "results")
 KEYS = (*TEXTS, "seed", "environment", "flags", "prepare", "steps", "finish")
 NAME = re.compile(r"\{(\+?\w+)\}")
-OF_SCRIPTS = (
-    "BIT_CONFIG",
-    "DATASET",
-    "ATTACK_BITS",
-    "REFERENCE_MODEL",
-)  # of the user's shell; steps say what they mean
+# Variables that the scripts read and no step sets: those of the user's shell do not reach them.
+OF_SCRIPTS = ("BIT_CONFIG", "DATASET", "ATTACK_BITS", "REFERENCE_MODEL")
 FLAGS = {name[1:] for command in STEPS.values() for name in NAME.findall(command) if name.startswith("+")}
 
 

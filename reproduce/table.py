@@ -23,7 +23,7 @@ OTHERS = "lihe07/llm_qat_test"
 OVERVIEW = {  # of README.md: row -> (source and setting in published.json, step, config)
     "full fine-tuning": ("QaLoF", "full fine-tuning, float32", "full_fp32", None),
     "LoRA, not quantized": ("QaLoF", "LoRA, bf16, not quantized", "lora_fp32", None),
-    "post-training, 8 bits, MinMax (published: lihe07, one scale a tensor, float 63.99)": (
+    "post-training, 8 bits, MinMax (published: lihe07, of another float model)": (
         OTHERS,
         "post-training, W8A8, one scale a tensor",
         "ptq_minmax_W8A8KV8",

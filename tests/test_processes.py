@@ -16,13 +16,14 @@ from conftest import NAMES, ROOT, THINGS
 
 # Calls main() of a script once for every list of flags, in one process group.
 DRIVER = """
-import importlib, json, sys, torch
+import importlib, json, sys
 folder, module, runs = sys.argv[1:]
 sys.path.insert(0, folder)
-for argv in json.loads(runs):
-    sys.argv = [module, *argv]
-    importlib.import_module(module).main()
-torch.distributed.destroy_process_group()  # as `plain_errors` does at the end of a script
+from common.script import plain_errors
+with plain_errors():
+    for argv in json.loads(runs):
+        sys.argv = [module, *argv]
+        importlib.import_module(module).main()
 """
 SCRIPTS = {  # what is trained in float32
     "base_model/run_qa": (),

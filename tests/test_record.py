@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from torch import distributed
 
 from common import record
 from conftest import experiment
@@ -159,3 +160,18 @@ def test_state_comes_back_and_every_damage_is_named_once(tmp_path, caplog):
                 record.load_state(path)
         else:  # a flipped bit in the layout or in how a number is written, not in the content
             assert found == state
+
+
+def test_a_script_that_is_done_leaves_its_process_group():
+    """Whose threads can abort the process at its exit; one that failed does not wait for the others."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(SystemExit), run_qa.plain_errors():
+            raise FloatingPointError("no")
+        assert distributed.is_initialized()
+        with run_qa.plain_errors():
+            pass
+        assert not distributed.is_initialized()
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()

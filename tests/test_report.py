@@ -416,6 +416,11 @@ def test_tables_of_attacks_are_those_of_the_records():
         gap = gains[texts, "W4A4KV4"]
         assert words["rows"][-1][place] == findings.shown([gap["points"], *gap["interval"]])
     assert words["rows"][-1][6] != words["rows"][-1][7]
+    drawn = {"no attack": 88.0, "words replaced at random": 77.0, "random(W4A4KV4+W8A8KV8)": 33.0}
+    drawn = {row: {"expected": value} for row, value in drawn.items()}
+    rpi = {"bit_config": {"precision_set": ["W4A4KV4", "W8A8KV8"]}, "random_precision": drawn}
+    *others, last = robustness.words_table(records | {"letters_minmax_rpi": {42: rpi}})["rows"]
+    assert others == words["rows"] and last[2:] == ["drawn of W4A4KV4, W8A8KV8", "88.0", "-", "33.0", "-", "-"]
     tokens, found = robustness.tokens_table(records), records["tokens_question_hotflip_eot"][42]
     row = dict(zip(tokens["header"], tokens["rows"][0], strict=True))
     assert (row["changed"], row["attack"], row["found at"]) == ("question", "HotFlip", "all (EOT)")

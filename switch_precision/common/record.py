@@ -113,10 +113,10 @@ def run_record(*, model, bit_config, metrics, data, seed, wall_seconds, **detail
         model: what was run, in words or as a path; bit_config: resolved config and its description.
         metrics: {name: number}; data: {split: {"source", "examples", "sha256"}}; details: what else is kept.
     """
-    where, cuda = surroundings(), PartialState().device.type == "cuda"
+    cuda = PartialState().device.type == "cuda"
     return {
         "command": command_line(),
-        "git": where.pop("git"),
+        **surroundings(),
         "seed": seed,
         "model": model,
         "bit_config": bit_config,
@@ -127,7 +127,6 @@ def run_record(*, model, bit_config, metrics, data, seed, wall_seconds, **detail
             "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "cuda": torch.cuda.max_memory_allocated() if cuda else None,
         },
-        **where,
         **details,
     }
 
